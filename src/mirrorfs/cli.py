@@ -1,0 +1,286 @@
+"""The commands: parse, call, print, exit status. What they do is done elsewhere, and imported when it is needed."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mirrorfs import __version__, control
+from mirrorfs import config as configuration
+from mirrorfs.config import Config
+from mirrorfs.errors import ConfirmationNeededError, MirrorfsError
+from mirrorfs.lab.cli import app as lab_app
+from mirrorfs.lab.cli import bench, demo
+
+_INTERRUPTED = 130
+_WATCH_INTERVAL_S = 1.0
+_STATUS_TIMEOUT_S = 10.0
+
+app = typer.Typer(
+    name="mirrorfs",
+    help="A file system mirrored between two Linux servers. Exit status: 0 done, 1 failed, 2 usage or configuration, "
+    "3 refused (--force would do it), 4 needs --yes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(lab_app, name="lab")
+app.command()(demo)
+app.command()(bench)
+
+_ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Default: $MIRRORFS_CONFIG, else the only /etc/mirrorfs/*.toml."),
+]
+_NodeName = Annotated[
+    str | None,
+    typer.Option("--node", metavar="NAME", help="This node's part of it. Default: $MIRRORFS_NODE, else the host name."),
+]
+_Yes = Annotated[bool, typer.Option("--yes", help="The other node is dead or did not go on alone: do not ask.")]
+_Force = Annotated[bool, typer.Option("--force", help="Even if acknowledged writes may be lost.")]
+_MountPoint = Annotated[Path, typer.Argument(metavar="PATH")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What stood before the command; the same options after it win."""
+
+    config: Path | None
+    node: str | None
+
+
+def main() -> None:
+    """Run the command line; never returns. An expected error is one line on stderr and its own exit status."""
+    try:
+        app(prog_name="mirrorfs")
+    except MirrorfsError as error:
+        _exit_with([error])
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except BaseExceptionGroup as group:  # of trio's nurseries
+        interrupted, others = group.split(KeyboardInterrupt)
+        if interrupted is not None and others is None:
+            sys.exit(_INTERRUPTED)
+        expected, unexpected = group.split(MirrorfsError)
+        if expected is None or unexpected is not None:
+            raise
+        _exit_with(list(_leaves(expected)))
+
+
+def _exit_with(errors: list[MirrorfsError]) -> None:
+    for error in errors:
+        print(f"mirrorfs: {error}", file=sys.stderr)
+    sys.exit(errors[0].exit_status)
+
+
+def _leaves(group: BaseExceptionGroup[MirrorfsError]) -> Iterator[MirrorfsError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mirrorfs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_command(
+    context: typer.Context,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    context.obj = _Chosen(config, node)
+
+
+def _load(context: typer.Context, config: Path | None, node: str | None) -> Config:
+    chosen: _Chosen = context.obj
+    return configuration.load(configuration.find(config or chosen.config), node or chosen.node)
+
+
+@app.command()
+def mount(
+    context: typer.Context,
+    path: _MountPoint,
+    *,
+    backing: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Where the files underneath are. Default: the configuration's, else in place."),
+    ] = None,
+    discard_local_data: Annotated[
+        bool, typer.Option("--discard-local-data", help="Let the peer's files replace what is here now.")
+    ] = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Mount the volume on PATH and mirror it, in the foreground."""
+    loaded = _load(context, config, node)
+    if backing is not None:
+        loaded = configuration.with_backing(loaded, backing)
+    _configure_logging()
+
+    import trio
+
+    from mirrorfs.node import run
+
+    trio.run(partial(run, loaded, path.absolute(), discard_local_data=discard_local_data))
+
+
+@app.command()
+def promote(
+    context: typer.Context,
+    yes: _Yes = False,
+    force: _Force = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Make this node the primary. With the peer alive, the two swap roles and nothing is lost."""
+    loaded = _load(context, config, node)
+    try:
+        answer = control.request(loaded.node.control, "promote", yes=yes, force=force)
+    except ConfirmationNeededError as error:
+        if yes or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise
+        if not typer.confirm(f"{error}\nPromote this node?"):
+            raise typer.Exit(error.exit_status) from None
+        answer = control.request(loaded.node.control, "promote", yes=True, force=force)
+    print(answer["message"])
+
+
+@app.command()
+def demote(context: typer.Context, force: _Force = False, config: _ConfigFile = None, node: _NodeName = None) -> None:
+    """Stop being the primary: no more writes here."""
+    loaded = _load(context, config, node)
+    print(control.request(loaded.node.control, "demote", force=force)["message"])
+
+
+@app.command()
+def unmount(context: typer.Context, config: _ConfigFile = None, node: _NodeName = None) -> None:
+    """Unmount the volume and end this node's mirrorfs."""
+    loaded = _load(context, config, node)
+    print(control.request(loaded.node.control, "unmount")["message"])
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second until Ctrl-C; JSON: at each change.")] = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Show what this node is, and why. Exit status 1 if it is not running."""
+    loaded = _load(context, config, node)
+    if watch:
+        _watch(loaded, as_json)
+    else:
+        found = _ask_status(loaded)
+        print(json.dumps(found) if as_json else _in_words(found))
+        raise typer.Exit(1 if found["state"] == "stopped" else 0)
+
+
+@app.command()
+def release(context: typer.Context, path: _MountPoint, config: _ConfigFile = None, node: _NodeName = None) -> None:
+    """Give PATH back: its files stand there again as before mirrorfs. Nothing may be mounted on it."""
+    chosen: _Chosen = context.obj
+    file = configuration.find_if_any(config or chosen.config)
+    backing = None if file is None else configuration.load(file, node or chosen.node).node.backing
+
+    from mirrorfs import backing as store
+
+    store.release(path.absolute(), backing)
+
+
+def _configure_logging() -> None:
+    handler = logging.StreamHandler()
+    with_time = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has the time already
+    handler.setFormatter(logging.Formatter(f"{with_time}%(levelname)s %(message)s"))
+    logger = logging.getLogger("mirrorfs")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def _ask_status(config: Config) -> dict[str, Any]:
+    try:
+        return control.request(config.node.control, "status", timeout_s=_STATUS_TIMEOUT_S)
+    except control.NotRunningError as error:
+        peer = {"name": None, "state": "none"} if config.peer is None else {"name": config.peer.name, "state": "unknown"}
+        return {
+            "volume": config.volume,
+            "node": config.node.name,
+            "state": "stopped",
+            "epoch": None,
+            "in_sync": [],
+            "since": None,
+            "peer": peer,
+            "dirty_bytes": None,
+            "reason": str(error),
+        }
+
+
+def _watch(config: Config, as_json: bool) -> None:
+    if not as_json and sys.stdout.isatty():
+        from rich.live import Live
+        from rich.text import Text
+
+        with Live(Text(_in_words(_ask_status(config))), auto_refresh=False) as live:
+            while True:
+                time.sleep(_WATCH_INTERVAL_S)
+                live.update(Text(_in_words(_ask_status(config))), refresh=True)
+    shown = None
+    while True:
+        found = _ask_status(config)
+        text = json.dumps(found) if as_json else _in_words(found) + "\n"
+        if text != shown:
+            print(text, flush=True)
+            shown = text
+        time.sleep(_WATCH_INTERVAL_S)
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    peer = found.get("peer") or {"state": "none"}
+    lines = {
+        "volume": found["volume"],
+        "node": found["node"],
+        "state": found["state"],
+        "since": found["since"],
+        "epoch": found["epoch"],
+        "in sync": ", ".join(found["in_sync"]),
+        "peer": f"{peer['name']} ({peer['state']})" if peer.get("name") else peer["state"],
+        "dirty": None if found["dirty_bytes"] is None else _in_units(found["dirty_bytes"]),
+    }
+    if resync := found.get("resync"):
+        lines["resync"] = (
+            f"{_in_units(resync['bytes_done'])} of {_in_units(resync['bytes_total'])}, "
+            f"{resync['files_done']} of {resync['files_total']} files"
+        )
+    lines["reason"] = found["reason"]
+    width = max(len(name) for name in lines) + 2
+    return "\n".join(f"{name:{width}}{'-' if value in (None, '') else value}" for name, value in lines.items())
+
+
+def _in_units(count_bytes: int) -> str:
+    if count_bytes < 1024:
+        return f"{count_bytes} B"
+    amount = float(count_bytes)
+    for unit in ("KiB", "MiB", "GiB"):
+        amount /= 1024
+        if amount < 1024:
+            return f"{amount:.1f} {unit}"
+    return f"{amount / 1024:.1f} TiB"

@@ -1,0 +1,370 @@
+"""Epochs, histories, and what two nodes conclude from them when they meet.
+
+An epoch is one value: who is the primary and which nodes are in sync. Every change of either begins a new one, so the list of
+epochs that a node knows is the history of the volume as that node saw it. Two nodes compare their lists as DRBD compares
+generation identifiers: a list that contains the other's end is the newer one, two that part are a fork. A fork in which one
+side acknowledged nothing is dropped; a fork in which both did is a split brain, and nobody touches any data.
+
+A member of the in-sync set is a node *and its boot*: a node that was restarted with its machine may have lost what was not
+fsynced, and is not as good as one that was not.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+
+class Standing(StrEnum):
+    """What a node durably knows of its own tree."""
+
+    IN_SYNC = "in sync"
+    RESYNCING = "resyncing"
+    OUTDATED = "outdated"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node that is in sync, and the boot in which it was."""
+
+    node: str
+    boot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One reign: `tag` tells it from another node's epoch of the same number; `began` is UNIX time in seconds."""
+
+    number: int
+    tag: str
+    primary: str
+    in_sync: frozenset[Member]
+    forced: bool
+    began: float
+
+    def has(self, node: str) -> bool:
+        """Whether `node`, in whatever boot, is in sync in this epoch."""
+        return any(member.node == node for member in self.in_sync)
+
+    def same(self, other: "Epoch") -> bool:
+        """Whether both are the same reign."""
+        return (self.number, self.tag) == (other.number, other.tag)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a node keeps durably of the pair.
+
+    `wrote` holds the tags of epochs in which this node acknowledged a change that no other node was asked for.
+    """
+
+    volume_id: str = ""
+    epochs: tuple[Epoch, ...] = ()
+    wrote: frozenset[str] = frozenset()
+    standing: Standing = Standing.IN_SYNC
+    reason: str = ""
+    ids_reserved: int = 0
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """The newest epoch known, None before the volume is made."""
+        return self.epochs[-1] if self.epochs else None
+
+    def begin(self, epoch: Epoch, *, standing: Standing = Standing.IN_SYNC, reason: str = "") -> "Record":
+        """The record with one more epoch; a history longer than `HISTORY` forgets its oldest."""
+        epochs = (*self.epochs, epoch)[-HISTORY:]
+        known = {e.tag for e in epochs}
+        return replace(self, epochs=epochs, wrote=self.wrote & known, standing=standing, reason=reason)
+
+
+#: Epochs that a node remembers. Two nodes that have been apart for longer than this need a person.
+HISTORY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a node says of itself when it meets another."""
+
+    volume: str
+    node: str
+    boot: str
+    record: Record
+    serving: bool
+    empty: bool
+    discard_local_data: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """`primary` serves, the other node is brought to the same tree and follows."""
+
+    primary: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Neither may serve without a person; the link stays up."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SplitBrain:
+    """Both acknowledged changes that the other does not have, or may have; nobody touches any data.
+
+    `stops` is the node that must not go on serving if both do: the primary from before the fork.
+    """
+
+    reason: str
+    stops: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """These two do not belong together; the connection ends."""
+
+    reason: str
+
+
+Verdict = Resume | Wait | SplitBrain | Refuse
+
+
+def meet(left: Hello, right: Hello) -> Verdict:
+    """The verdict of two nodes on each other: the same on both, whichever stands left."""
+    one, two = sorted((left, right), key=lambda hello: hello.node)
+    if one.volume != two.volume:
+        return Refuse(f"{one.node} has volume {one.volume!r}, {two.node} has volume {two.volume!r}")
+    if one.node == two.node:
+        return Refuse(f"both nodes say that they are {one.node!r}: check `node` and the host names")
+    first, second = one.record, two.record
+    if first.volume_id and second.volume_id and first.volume_id != second.volume_id:
+        return Refuse(
+            f"{one.node} and {two.node} hold different volumes that are both named {one.volume!r}: to make one of them "
+            "follow the other, empty its directory and its state directory"
+        )
+    if first.epoch is None and second.epoch is None:
+        return Wait("the volume is new: run `mirrorfs promote` on the node whose files are to be kept")
+    if first.epoch is None:
+        return _meet_newcomer(two, one)
+    if second.epoch is None:
+        return _meet_newcomer(one, two)
+    if first.epoch.same(second.epoch):
+        return _choose(one, two, first.epoch, "both were in the same epoch")
+    if _knows(second, first.epoch):
+        return _meet_older(two, one)
+    if _knows(first, second.epoch):
+        return _meet_older(one, two)
+    return _meet_fork(one, two)
+
+
+def _meet_newcomer(old: Hello, new: Hello) -> Verdict:
+    if not (new.empty or new.discard_local_data):
+        return Refuse(
+            f"{new.node} has files but no history of volume {old.volume!r}: to replace them with those of {old.node}, "
+            f"start {new.node} with --discard-local-data"
+        )
+    epoch = old.record.epoch
+    assert epoch is not None
+    if old.serving or (epoch.primary == old.node and old.record.standing is Standing.IN_SYNC):
+        return Resume(old.node, f"{new.node} is new")
+    return Wait(f"{new.node} is new and {old.node} was not the primary: run `mirrorfs promote --yes` on {old.node}")
+
+
+def _knows(record: Record, epoch: Epoch) -> bool:
+    return any(epoch.same(known) for known in record.epochs)
+
+
+def _meet_older(newer: Hello, older: Hello) -> Verdict:
+    """`newer` knows everything that `older` knows, and more."""
+    last, epoch = older.record.epoch, newer.record.epoch
+    assert last is not None
+    assert epoch is not None
+    after = [e for e in newer.record.epochs if e.number > last.number]
+    for later in after:
+        if later.forced:
+            return SplitBrain(
+                f"{newer.node} was promoted by force in epoch {later.number}, past changes that {older.node} may have "
+                "acknowledged",
+                older.node,
+            )
+    if last.tag in older.record.wrote and not any(later.has(newer.node) for later in after):
+        return SplitBrain(
+            f"{older.node} acknowledged changes alone in epoch {last.number} that {newer.node} does not have",
+            older.node,
+        )
+    return _choose(newer, older, epoch, f"{older.node} has been away since epoch {last.number}")
+
+
+def _choose(one: Hello, two: Hello, epoch: Epoch, reason: str) -> Verdict:
+    """Who serves in the newest `epoch`: who serves already, else the best of the in-sync set, else a person decides."""
+    if one.serving and two.serving:
+        stops = two.node if epoch.primary == one.node else one.node
+        return SplitBrain(f"{one.node} and {two.node} both serve in epoch {epoch.number}", stops)
+    for hello in (one, two):
+        if hello.serving:
+            return Resume(hello.node, f"{reason}; {hello.node} is serving")
+    able = [h for h in (one, two) if h.record.standing is Standing.IN_SYNC and epoch.has(h.node)]
+    intact = [h for h in able if Member(h.node, h.boot) in epoch.in_sync]
+    for candidates in (intact, able):
+        for hello in sorted(candidates, key=lambda h: h.node != epoch.primary):
+            return Resume(hello.node, f"{reason}; {hello.node} has everything")
+    return Wait(f"{reason}, and neither has a complete tree: run `mirrorfs promote --force` on the better one")
+
+
+def _meet_fork(one: Hello, two: Hello) -> Verdict:
+    forced = [h for h in (one, two) if any(e.forced for e in _unknown(h, two if h is one else one))]
+    dirty = [h for h in (one, two) if _acknowledged_beyond(h, two if h is one else one)]
+    if forced or len(dirty) == 2:
+        what = "was promoted by force" if forced else "both acknowledged changes alone"
+        who = forced[0].node if forced else f"{one.node} (epoch {_number(one)}) and {two.node} (epoch {_number(two)})"
+        return SplitBrain(f"{who} {what}", _primary_before(one, two))
+    keeper = dirty[0] if dirty else max((one, two), key=lambda h: (_number(h), h.serving, h.node))
+    other = one if keeper is two else two
+    epoch = keeper.record.epoch
+    assert epoch is not None
+    if not keeper.serving and (keeper.record.standing is not Standing.IN_SYNC or not epoch.has(keeper.node)):
+        return Wait(f"{keeper.node} has the newest changes but not a complete tree: a person has to choose")
+    return Resume(keeper.node, f"{other.node} acknowledged nothing in its epoch {_number(other)}")
+
+
+def _unknown(hello: Hello, other: Hello) -> list[Epoch]:
+    """The epochs of `hello` that `other` has never heard of."""
+    return [e for e in hello.record.epochs if not _knows(other.record, e)]
+
+
+def _primary_before(one: Hello, two: Hello) -> str:
+    """The primary of the last epoch that both know; with none, the node whose own history is shorter."""
+    for epoch in reversed(one.record.epochs):
+        if _knows(two.record, epoch):
+            return epoch.primary
+    return min((one, two), key=lambda h: (_number(h), h.node)).node
+
+
+def _number(hello: Hello) -> int:
+    epoch = hello.record.epoch
+    return epoch.number if epoch else 0
+
+
+def _acknowledged_beyond(hello: Hello, other: Hello) -> bool:
+    """Whether `hello` may have acknowledged changes in epochs that `other` does not know.
+
+    An epoch with both in sync in which `hello` was not the primary is a handover that never arrived: nothing was
+    acknowledged in it.
+    """
+    return any(e.tag in hello.record.wrote or (len(e.in_sync) > 1 and e.primary == hello.node) for e in _unknown(hello, other))
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The node may become the primary."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskFirst:
+    """A person has to say that it is right (`--yes`)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forbidden:
+    """An acknowledged change may be missing here (`--force`)."""
+
+    reason: str
+
+
+def may_promote(
+    record: Record, node: str, boot: str, *, peer: str | None, peer_seen: bool, lost_at: str
+) -> Allowed | AskFirst | Forbidden:
+    """Whether `node` may become the primary on an operator's word while no primary is connected.
+
+    `peer` is the other node's name if there is one; `peer_seen` says whether it is connected now, and `lost_at` since
+    when it is not, for the message.
+    """
+    epoch = record.epoch
+    if epoch is None:
+        if peer is None or peer_seen:
+            return Allowed()
+        return AskFirst(f"{peer} cannot be reached: if it already holds this volume, promoting here makes a second one")
+    if record.standing is not Standing.IN_SYNC:
+        return Forbidden(
+            f"this node is {record.standing.value}: {record.reason}; changes acknowledged since then may be missing here"
+        )
+    if not epoch.has(node):
+        return Forbidden(f"this node is behind: epoch {epoch.number} of {epoch.primary} goes on without it")
+    if Member(node, boot) not in epoch.in_sync and len(epoch.in_sync) > 1:
+        return Forbidden(
+            "this machine was restarted while it was in sync: everything fsynced is here, later writes may be missing"
+        )
+    if peer is None or peer_seen:
+        return Allowed()
+    if len(epoch.in_sync) == 1:
+        return AskFirst(
+            f"this node was alone in epoch {epoch.number} and {peer} cannot be reached: if {peer} was promoted since, its "
+            "changes are missing here"
+        )
+    return AskFirst(
+        f"{peer} cannot be reached since {lost_at}: if it went on alone, what it acknowledged since then is missing here"
+    )
+
+
+def pack_record(record: Record) -> dict[str, Any]:
+    """The record as plain values, for msgpack."""
+    return {
+        "volume_id": record.volume_id,
+        "epochs": [
+            [e.number, e.tag, e.primary, sorted([m.node, m.boot] for m in e.in_sync), e.forced, e.began] for e in record.epochs
+        ],
+        "wrote": sorted(record.wrote),
+        "standing": record.standing.value,
+        "reason": record.reason,
+        "ids_reserved": record.ids_reserved,
+    }
+
+
+def unpack_record(data: dict[str, Any]) -> Record:
+    """The record that `pack_record` packed; KeyError, TypeError or ValueError if it is not one."""
+    return Record(
+        volume_id=str(data["volume_id"]),
+        epochs=tuple(
+            Epoch(
+                int(number),
+                str(tag),
+                str(primary),
+                frozenset(Member(n, b) for n, b in members),
+                bool(forced),
+                float(began),
+            )
+            for number, tag, primary, members, forced, began in data["epochs"]
+        ),
+        wrote=frozenset(data["wrote"]),
+        standing=Standing(data["standing"]),
+        reason=str(data["reason"]),
+        ids_reserved=int(data["ids_reserved"]),
+    )
+
+
+def pack_hello(hello: Hello) -> dict[str, Any]:
+    """A hello as plain values, for msgpack."""
+    return {
+        "volume": hello.volume,
+        "node": hello.node,
+        "boot": hello.boot,
+        "record": pack_record(hello.record),
+        "serving": hello.serving,
+        "empty": hello.empty,
+        "discard_local_data": hello.discard_local_data,
+    }
+
+
+def unpack_hello(data: dict[str, Any]) -> Hello:
+    """The hello that `pack_hello` packed; KeyError, TypeError or ValueError if it is not one."""
+    return Hello(
+        volume=str(data["volume"]),
+        node=str(data["node"]),
+        boot=str(data["boot"]),
+        record=unpack_record(data["record"]),
+        serving=bool(data["serving"]),
+        empty=bool(data["empty"]),
+        discard_local_data=bool(data["discard_local_data"]),
+    )

@@ -1,0 +1,178 @@
+"""The changes of a file system as frozen values: what the primary applies, sends, and its peer applies again.
+
+Files are named by id (see `ids`); names are bytes; times are nanoseconds since 1970. An operation says what is to be so, with
+nothing left to the node that applies it: owners, final modes and the new file's id are in it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Put `data` at byte `offset` of `file`."""
+
+    file: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MakeNode:
+    """Make a file, directory, fifo, socket or device; `mode` has the type bits, and may be narrowed by a default ACL."""
+
+    parent: int
+    name: bytes
+    file: int
+    mode: int
+    uid: int
+    gid: int
+    rdev: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Symlink:
+    """Make a symbolic link that points to `target`."""
+
+    parent: int
+    name: bytes
+    file: int
+    target: bytes
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Give `file` one more name."""
+
+    file: int
+    parent: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unlink:
+    """Take a name away from a file that is not a directory."""
+
+    parent: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveDirectory:
+    """Remove an empty directory."""
+
+    parent: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Rename, with the flags of renameat2(2)."""
+
+    parent: int
+    name: bytes
+    new_parent: int
+    new_name: bytes
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SetAttributes:
+    """Change what is not None: owner first, then mode, size (bytes), times (ns)."""
+
+    file: int
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SetXattr:
+    """Set an extended attribute, whether it is there or not."""
+
+    file: int
+    name: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveXattr:
+    """Remove an extended attribute."""
+
+    file: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Introduce:
+    """The first mention of `file` on a connection: the peer finds it under this name and knows it by its id from now on."""
+
+    parent: int
+    name: bytes
+    file: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Resync: under this name stands this file; make it so, whatever the target has there. Data follows as `CopyData`.
+
+    For the root, `parent` is 0 and `name` empty.
+    """
+
+    parent: int
+    name: bytes
+    file: int
+    mode: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    target: bytes
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyData:
+    """Resync: a piece of the file as it stands at this point of the stream."""
+
+    file: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Vanish:
+    """Resync: nothing stands under this name any more; what the target has there may still be needed under another."""
+
+    parent: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryDone:
+    """Resync: every name of the directory has been introduced; what else the target has there goes."""
+
+    directory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """fsync, or fdatasync if `data_only`, of a file or directory: covers everything before it on the stream."""
+
+    file: int
+    data_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Make everything before it on the stream durable (syncfs)."""
+
+
+Change = Write | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename | SetAttributes | SetXattr | RemoveXattr
+Copy = Entry | CopyData | Vanish | DirectoryDone
+Flush = Sync | Checkpoint
+Operation = Change | Introduce | Copy | Flush

@@ -1,0 +1,196 @@
+"""Bytes <-> frames of the link between the two nodes. docs/PROTOCOL.md has the layout for people.
+
+A connection begins with a preamble in each direction, of fixed size for all versions to come. Then frames: a header of 36 bytes
+and a payload whose length is bounded; the checksum covers both. Hot payloads are raw bytes, all others msgpack.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+from typing import Any, Final
+from zlib import crc32
+
+import msgpack
+
+from mirrorfs.core import operations as ops
+from mirrorfs.errors import ProtocolError
+
+MAGIC: Final = b"mirrorfs"
+VERSION: Final = 1
+#: How the bytes after the preamble are protected; 0 is not at all.
+SECURITY_NONE: Final = 0
+PREAMBLE: Final = struct.Struct("<8sHHI")
+HEADER: Final = struct.Struct("<IBBHQQQ")
+CHECKSUM: Final = struct.Struct("<I")
+HEADER_SIZE: Final = HEADER.size + CHECKSUM.size
+#: A write of FUSE has at most 1 MiB; an entry carries the extended attributes of one file.
+MAX_PAYLOAD: Final = 4 << 20
+
+
+class Kind(IntEnum):
+    """What a frame is. Numbers are part of the protocol and are never given a second meaning."""
+
+    HELLO = 1
+    FOLLOW = 2
+    FOLLOWING = 3
+    JOIN = 4
+    JOINED = 5
+    HANDOVER_WANTED = 6
+    HANDOVER = 7
+    REFUSED = 8
+    HEARTBEAT = 9
+    SPACE = 10
+    ACK = 16
+    FLUSHED = 17
+    FAILED = 18
+    WRITE = 32
+    MAKE_NODE = 33
+    SYMLINK = 34
+    LINK = 35
+    UNLINK = 36
+    REMOVE_DIRECTORY = 37
+    RENAME = 38
+    SET_ATTRIBUTES = 39
+    SET_XATTR = 40
+    REMOVE_XATTR = 41
+    INTRODUCE = 42
+    ENTRY = 48
+    COPY_DATA = 49
+    DIRECTORY_DONE = 50
+    VANISH = 51
+    SYNC = 64
+    CHECKPOINT = 65
+
+
+KIND_OF: Final[dict[type, Kind]] = {
+    ops.Write: Kind.WRITE,
+    ops.MakeNode: Kind.MAKE_NODE,
+    ops.Symlink: Kind.SYMLINK,
+    ops.Link: Kind.LINK,
+    ops.Unlink: Kind.UNLINK,
+    ops.RemoveDirectory: Kind.REMOVE_DIRECTORY,
+    ops.Rename: Kind.RENAME,
+    ops.SetAttributes: Kind.SET_ATTRIBUTES,
+    ops.SetXattr: Kind.SET_XATTR,
+    ops.RemoveXattr: Kind.REMOVE_XATTR,
+    ops.Introduce: Kind.INTRODUCE,
+    ops.Entry: Kind.ENTRY,
+    ops.CopyData: Kind.COPY_DATA,
+    ops.Vanish: Kind.VANISH,
+    ops.DirectoryDone: Kind.DIRECTORY_DONE,
+    ops.Sync: Kind.SYNC,
+    ops.Checkpoint: Kind.CHECKPOINT,
+}
+OPERATION_OF: Final[dict[Kind, Any]] = {kind: operation for operation, kind in KIND_OF.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message; `sequence`, `file` and `offset` are 0 where the kind has no use for them."""
+
+    kind: Kind
+    sequence: int = 0
+    file: int = 0
+    offset: int = 0
+    payload: bytes = b""
+
+
+def preamble() -> bytes:
+    """The first bytes of a connection, in each direction."""
+    return PREAMBLE.pack(MAGIC, VERSION, SECURITY_NONE, 0)
+
+
+def check_preamble(data: bytes) -> None:
+    """Raise ProtocolError, saying what is wrong, unless `data` is a preamble of a version that is spoken here."""
+    magic, version, security, _ = PREAMBLE.unpack(data)
+    if magic != MAGIC:
+        raise ProtocolError(f"not a mirrorfs node: it began with {data[:8]!r}")
+    if version != VERSION:
+        raise ProtocolError(f"it speaks protocol version {version}, this node {VERSION}: install the same mirrorfs on both")
+    if security != SECURITY_NONE:
+        raise ProtocolError(f"it wants protection {security}, which this node does not know: install the same mirrorfs on both")
+
+
+def encode(frame: Frame) -> tuple[bytes, bytes]:
+    """Header and payload of a frame, to be sent one after the other."""
+    assert len(frame.payload) <= MAX_PAYLOAD, len(frame.payload)
+    fixed = HEADER.pack(len(frame.payload), frame.kind, 0, 0, frame.sequence, frame.file, frame.offset)
+    return fixed + CHECKSUM.pack(crc32(frame.payload, crc32(fixed))), frame.payload
+
+
+def encode_message(kind: Kind, content: object, sequence: int = 0) -> tuple[bytes, bytes]:
+    """A frame whose payload is `content` as msgpack."""
+    return encode(Frame(kind, sequence, payload=msgpack.packb(content)))
+
+
+def encode_operation(operation: ops.Operation, sequence: int) -> tuple[bytes, bytes]:
+    """The frame of one operation on the stream."""
+    if isinstance(operation, ops.Write | ops.CopyData):
+        return encode(Frame(KIND_OF[type(operation)], sequence, operation.file, operation.offset, operation.data))
+    return encode_message(KIND_OF[type(operation)], astuple(operation), sequence)
+
+
+def decode_operation(frame: Frame) -> ops.Operation:
+    """The operation in a frame; ProtocolError if the frame carries none or one that is malformed."""
+    if frame.kind is Kind.WRITE:
+        return ops.Write(frame.file, frame.offset, frame.payload)
+    if frame.kind is Kind.COPY_DATA:
+        return ops.CopyData(frame.file, frame.offset, frame.payload)
+    operation = OPERATION_OF.get(frame.kind)
+    if operation is None:
+        raise ProtocolError(f"a frame of kind {frame.kind.name} where an operation was expected")
+    fields = message(frame)
+    try:
+        if operation is ops.Entry:
+            fields[-1] = tuple((name, value) for name, value in fields[-1])
+        result: ops.Operation = operation(*fields)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
+    return result
+
+
+def message(frame: Frame) -> Any:
+    """The msgpack payload of a frame; ProtocolError if it is not msgpack."""
+    try:
+        return msgpack.unpackb(frame.payload, use_list=True, raw=False, strict_map_key=True)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
+
+
+class Decoder:
+    """Bytes in, frames out. After a ProtocolError the connection is of no use any more."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a part of a frame has arrived: an end of the connection now means that it was cut off."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame]:
+        """Take in `data` and yield the frames that it completes; raises ProtocolError."""
+        buffer = self._buffer
+        buffer += data
+        start, end = 0, len(buffer)
+        try:
+            while end - start >= HEADER_SIZE:
+                length, kind, _, _, sequence, file, offset = HEADER.unpack_from(buffer, start)
+                if length > MAX_PAYLOAD:
+                    raise ProtocolError(f"a frame of {length} bytes, more than the {MAX_PAYLOAD} allowed")
+                stop = start + HEADER_SIZE + length
+                if stop > end:
+                    break
+                payload = bytes(memoryview(buffer)[start + HEADER_SIZE : stop])
+                (checksum,) = CHECKSUM.unpack_from(buffer, start + HEADER.size)
+                if crc32(payload, crc32(bytes(memoryview(buffer)[start : start + HEADER.size]))) != checksum:
+                    raise ProtocolError("a frame whose checksum is wrong")
+                try:
+                    frame = Frame(Kind(kind), sequence, file, offset, payload)
+                except ValueError:
+                    raise ProtocolError(f"a frame of unknown kind {kind}") from None
+                start = stop
+                yield frame
+        finally:
+            del buffer[:start]

@@ -1,0 +1,478 @@
+"""FUSE requests -> operations -> replicate -> errno.
+
+One class for all sessions. Reads are answered from this node's tree; changes go to the `Primary` of the node, and are refused
+with EROFS while it has none. What the kernel may keep is long-lived on the primary, where nobody else changes files, and
+nothing on any other node.
+"""
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+
+import pyfuse3
+import trio
+
+from mirrorfs.core import ids
+from mirrorfs.core import operations as ops
+from mirrorfs.errors import MirrorfsError, NotPrimaryError
+from mirrorfs.replication import Primary
+from mirrorfs.table import Known
+from mirrorfs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+_CACHE_S: Final = 86_400.0
+_ACL_ACCESS: Final = b"system.posix_acl_access"
+_NAME_MAX: Final = 255
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Space(Protocol):
+    """What `statfs` answers, in bytes and files."""
+
+    block_size: int
+    total: int
+    free: int
+    available: int
+    files: int
+    files_free: int
+
+
+class Host(Protocol):
+    """The node, as the file system sees it."""
+
+    @property
+    def primary(self) -> Primary | None:
+        """Set while this node is the primary."""
+
+    @property
+    def reign(self) -> int:
+        """Grows each time that this node becomes the primary."""
+
+    def space(self) -> Space:
+        """The smaller of both nodes."""
+
+
+def _answered(
+    handler: Callable[Concatenate["FuseOperations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["FuseOperations", P], Coroutine[Any, Any, R]]:
+    """The one boundary where errors become errnos: any other exception would end pyfuse3's main loop."""
+
+    @functools.wraps(handler)
+    async def answer(self: "FuseOperations", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except MirrorfsError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            log.exception("a defect in %s", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return answer
+
+
+class Handle:
+    """An open file: what the later requests on it do not say themselves."""
+
+    __slots__ = ("data_sync", "known", "reign", "sync", "uid", "written")
+
+    def __init__(self, known: Known, flags: int, uid: int, reign: int) -> None:
+        self.known = known
+        self.uid = uid
+        self.reign = reign
+        self.sync = bool(flags & os.O_DSYNC)
+        self.data_sync = flags & os.O_SYNC != os.O_SYNC
+        self.written = False
+
+
+class Listing:
+    """An open directory: the names as they were when the listing began."""
+
+    __slots__ = ("known", "names")
+
+    def __init__(self, known: Known) -> None:
+        self.known = known
+        self.names: list[bytes] = []
+
+
+class FuseOperations(pyfuse3.Operations):
+    """The file system that applications see."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, tree: Tree, host: Host) -> None:
+        super().__init__()
+        self._tree = tree
+        self._host = host
+        self._files: dict[int, Handle] = {}
+        self._listings: dict[int, Listing] = {}
+        self._next_handle = 1
+
+    @property
+    def open_files(self) -> int:
+        """How many files applications have open."""
+        return len(self._files)
+
+    # ---- helpers
+
+    def _primary(self, handle: Handle | None = None) -> Primary:
+        primary = self._host.primary
+        if primary is None:
+            raise NotPrimaryError("this node is not the primary")
+        if handle is not None and handle.reign != self._host.reign:
+            # Opened before the other node was the primary: what its owner knows of the file may be history.
+            raise NotPrimaryError("opened in an earlier reign of this node")
+        return primary
+
+    def _entry(self, known: Known) -> pyfuse3.EntryAttributes:
+        status = self._tree.stat(known)
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = known.id
+        entry.st_mode = status.st_mode
+        entry.st_nlink = status.st_nlink
+        entry.st_uid = status.st_uid
+        entry.st_gid = status.st_gid
+        entry.st_rdev = status.st_rdev
+        entry.st_size = status.st_size
+        entry.st_blksize = status.st_blksize
+        entry.st_blocks = status.st_blocks
+        entry.st_atime_ns = status.st_atime_ns
+        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_ctime_ns = status.st_ctime_ns
+        timeout = 0.0 if self._host.primary is None else _CACHE_S
+        entry.attr_timeout = timeout
+        entry.entry_timeout = timeout
+        return entry
+
+    def _looked_up(self, parent: int, name: bytes, known: Known) -> pyfuse3.EntryAttributes:
+        """The answer that makes the kernel know a file under a name."""
+        entry = self._entry(known)
+        known.lookups += 1
+        if (parent, name) not in known.names:
+            known.names.append((parent, name))
+        known.special = bool(entry.st_mode & (stat.S_ISUID | stat.S_ISGID))
+        return entry
+
+    def _new_id(self) -> int:
+        number = self._tree.new_id()
+        if number is None:
+            raise NotPrimaryError("this node is not the primary")
+        return number
+
+    def _group_of_new(self, parent: int, gid: int) -> tuple[int, bool]:
+        """The group of a new file, and whether the directory hands its own down."""
+        above = self._tree.stat(self._tree.table.get(parent))
+        inherits = bool(above.st_mode & stat.S_ISGID)
+        return (above.st_gid if inherits else gid), inherits
+
+    def _numbered(self, what: Handle) -> int:
+        number, self._next_handle = self._next_handle, self._next_handle + 1
+        self._files[number] = what
+        return number
+
+    def _without_special(self, known: Known) -> int | None:
+        """The mode that a write by an ordinary user leaves, None if that is the present one."""
+        mode = stat.S_IMODE(self._tree.stat(known).st_mode)
+        fresh = mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            fresh &= ~stat.S_ISGID
+        return None if fresh == mode else fresh
+
+    # ---- names
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        known = self._tree.lookup(parent_inode, name)
+        if name in (b".", b".."):
+            entry = self._entry(known)
+            known.lookups += 1
+            return entry
+        return self._looked_up(parent_inode, name, known)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for number, count in inode_list:
+            known = self._tree.table.find(number)
+            if known is not None and number != ids.ROOT:
+                self._tree.table.forget(known, count)
+
+    @_answered
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return await self._make(parent_inode, name, mode, rdev, ctx)
+
+    @_answered
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return await self._make(parent_inode, name, mode, 0, ctx)
+
+    async def _make(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        primary = self._primary()
+        gid, inherits = self._group_of_new(parent, ctx.gid)
+        if inherits and stat.S_ISDIR(mode):
+            mode |= stat.S_ISGID
+        change = ops.MakeNode(parent, name, self._new_id(), mode, ctx.uid, gid, rdev)
+        return self._looked_up(parent, name, await primary.change(change))
+
+    @_answered
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        primary = self._primary()
+        gid, _ = self._group_of_new(parent_inode, ctx.gid)
+        change = ops.Symlink(parent_inode, name, self._new_id(), target, ctx.uid, gid)
+        return self._looked_up(parent_inode, name, await primary.change(change))
+
+    @_answered
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._tree.readlink(self._tree.table.get(inode))
+
+    @_answered
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        known = self._tree.table.get(inode)
+        await self._primary().change(ops.Link(inode, new_parent_inode, new_name))
+        return self._looked_up(new_parent_inode, new_name, known)
+
+    @_answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._primary().change(ops.Unlink(parent_inode, name))
+
+    @_answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._primary().change(ops.RemoveDirectory(parent_inode, name))
+
+    @_answered
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:  # the six are pyfuse3's
+        if flags not in (0, pyfuse3.RENAME_NOREPLACE, pyfuse3.RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        await self._primary().change(ops.Rename(parent_inode_old, name_old, parent_inode_new, name_new, flags))
+
+    # ---- attributes
+
+    @_answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(self._tree.table.get(inode))
+
+    @_answered
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        primary = self._primary(None if fh is None else self._files.get(fh))
+        known = self._tree.table.get(inode)
+        mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
+        if fields.update_size and mode is None and ctx.uid != 0:
+            mode = self._without_special(known)
+        change = ops.SetAttributes(
+            inode,
+            mode=mode,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        if change != ops.SetAttributes(inode):
+            await primary.change(change, known)
+        return self._entry(known)
+
+    @_answered
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        primary = self._primary()
+        known = self._tree.table.get(inode)
+        await primary.change(ops.SetXattr(inode, name, value), known)
+        if name == _ACL_ACCESS and ctx.uid != 0:
+            await self._clear_foreign_setgid(primary, known, ctx)
+
+    async def _clear_foreign_setgid(self, primary: Primary, known: Known, ctx: pyfuse3.RequestContext) -> None:
+        """An ACL that was set by somebody outside the file's group takes its setgid bit away, as chmod(2) does."""
+        status = self._tree.stat(known)
+        if not status.st_mode & stat.S_ISGID or status.st_gid == ctx.gid:
+            return
+        if status.st_gid in pyfuse3.get_sup_groups(ctx.pid):
+            return
+        await primary.change(ops.SetAttributes(known.id, mode=stat.S_IMODE(status.st_mode) & ~stat.S_ISGID), known)
+
+    @_answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._tree.xattr(self._tree.table.get(inode), name)
+
+    @_answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return self._tree.xattrs(self._tree.table.get(inode))
+
+    @_answered
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._primary().change(ops.RemoveXattr(inode, name), self._tree.table.get(inode))
+
+    @_answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        space = self._host.space()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = space.block_size
+        answer.f_blocks = space.total // space.block_size
+        answer.f_bfree = space.free // space.block_size
+        answer.f_bavail = space.available // space.block_size
+        answer.f_files = space.files
+        answer.f_ffree = answer.f_favail = space.files_free
+        answer.f_namemax = _NAME_MAX
+        return answer
+
+    # ---- files
+
+    @_answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        primary = self._primary()
+        gid, _ = self._group_of_new(parent_inode, ctx.gid)
+        change = ops.MakeNode(parent_inode, name, self._new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
+        try:
+            known = await primary.change(change)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            known = self._tree.lookup(parent_inode, name)
+        handle = await self._open(known, flags, ctx.uid)
+        return handle, self._looked_up(parent_inode, name, known)
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        return await self._open(self._tree.table.get(inode), flags, ctx.uid)
+
+    async def _open(self, known: Known, flags: int, uid: int) -> pyfuse3.FileInfo:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+            primary = self._primary()
+            if flags & os.O_TRUNC:
+                mode = self._without_special(known) if uid != 0 else None
+                await primary.change(ops.SetAttributes(known.id, mode=mode, size=0), known)
+        self._tree.table.hold(known)
+        number = self._numbered(Handle(known, flags, uid, self._host.reign))
+        keep = self._host.primary is not None
+        return pyfuse3.FileInfo(fh=number, keep_cache=keep)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        known = self._files[fh].known
+        data = self._tree.read_cached(known, off, size)
+        if data is not None:
+            return data
+        descriptor = self._tree.table.hold(known)
+        try:
+            return await trio.to_thread.run_sync(os.pread, descriptor, size, off)
+        finally:
+            self._tree.table.let_go(known)
+
+    @_answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._files[fh]
+        primary = self._primary(handle)
+        known = handle.known
+        if known.special and handle.uid != 0:
+            mode = self._without_special(known)
+            if mode is not None:
+                await primary.change(ops.SetAttributes(known.id, mode=mode), known)
+        handle.written = True
+        written: int = await primary.change(ops.Write(known.id, off, buf), known)
+        if handle.sync:
+            # The kernel sends no FSYNC for asynchronous O_DIRECT writes.
+            await primary.sync(known, handle.data_sync)
+        return written
+
+    @_answered
+    async def flush(self, fh: int) -> None:
+        self._settle(self._files[fh])
+
+    def _settle(self, handle: Handle) -> None:
+        primary = self._host.primary
+        if handle.written and primary is not None:
+            primary.settle(handle.known.id)
+            handle.written = False
+
+    @_answered
+    async def release(self, fh: int) -> None:
+        handle = self._files.pop(fh)
+        self._settle(handle)
+        self._tree.table.let_go(handle.known)
+
+    @_answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self._files[fh]
+        if self._host.primary is not None:
+            await self._primary(handle).sync(handle.known, datasync)
+        elif handle.written:
+            raise NotPrimaryError("this node is not the primary any more")
+
+    # ---- directories
+
+    @_answered
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        known = self._tree.table.get(inode)
+        self._tree.table.hold(known)
+        number, self._next_handle = self._next_handle, self._next_handle + 1
+        self._listings[number] = Listing(known)
+        return number
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = self._listings[fh]
+        if start_id == 0:
+            listing.names = [b".", b"..", *self._tree.names(listing.known)]
+        for index in range(start_id, len(listing.names)):
+            name = listing.names[index]
+            try:
+                known = self._listed(listing.known, name)
+                entry = self._entry(known)
+            except FileNotFoundError:
+                continue  # removed since the listing began
+            if not pyfuse3.readdir_reply(token, name, entry, index + 1):
+                self._tree.table.drop_unused(known)
+                return
+            if index > 1:
+                known.lookups += 1
+                if (listing.known.id, name) not in known.names:
+                    known.names.append((listing.known.id, name))
+
+    def _listed(self, directory: Known, name: bytes) -> Known:
+        if name == b".":
+            return directory
+        if name == b"..":
+            return directory if directory.gone else self._tree.table.get(self._tree.parent_of(directory))
+        return self._tree.lookup(directory.id, name)
+
+    @_answered
+    async def releasedir(self, fh: int) -> None:
+        self._tree.table.let_go(self._listings.pop(fh).known)
+
+    @_answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        primary = self._host.primary
+        if primary is not None:
+            await primary.sync(self._listings[fh].known, datasync)

@@ -1,0 +1,127 @@
+"""The node's record in memory and on disk, kept the same: nothing counts before it is durable."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from mirrorfs.core import ids
+from mirrorfs.core.epochs import Epoch, Member, Record, Standing
+from mirrorfs.journal import Journal
+
+_RESERVE_AHEAD: Final = ids.BLOCK // 4
+
+
+def boot_id() -> str:
+    """What tells this boot of the machine from every other."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+class Keeper:
+    """Changes the record, one change at a time; each returns when it is on stable storage."""
+
+    def __init__(self, journal: Journal, node: str, node_bit: int) -> None:
+        self._journal = journal
+        self._node = node
+        self._node_bit = node_bit
+        self._saving = trio.Lock()
+        self.boot = boot_id()
+        self.record = journal.load()
+        self._next_counter = self._end_counter = 0
+        self._id_epoch = -1
+
+    async def _save(self, change: Callable[[Record], Record]) -> None:
+        async with self._saving:
+            fresh = change(self.record)
+            if fresh != self.record:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._journal.save, fresh)
+                self.record = fresh
+
+    async def begin(
+        self,
+        primary: str,
+        in_sync: frozenset[Member],
+        *,
+        forced: bool = False,
+        wrote: bool = False,
+        volume_id: str = "",
+    ) -> Epoch:
+        """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment."""
+
+        def change(record: Record) -> Record:
+            number = record.epoch.number + 1 if record.epoch else 1
+            epoch = Epoch(number, os.urandom(8).hex(), primary, in_sync, forced, time.time())
+            fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch)
+            return replace(fresh, wrote=fresh.wrote | {epoch.tag}) if wrote else fresh
+
+        await self._save(change)
+        epoch = self.record.epoch
+        assert epoch is not None
+        return epoch
+
+    def me(self) -> Member:
+        """This node in this boot."""
+        return Member(self._node, self.boot)
+
+    async def adopt(self, theirs: Record, standing: Standing, reason: str) -> None:
+        """Take over the other node's history, durably, with this node's own standing in it."""
+        await self._save(
+            lambda record: replace(
+                record,
+                volume_id=theirs.volume_id,
+                epochs=theirs.epochs,
+                wrote=frozenset(),
+                standing=standing,
+                reason=reason,
+            )
+        )
+
+    async def stand(self, standing: Standing, reason: str) -> None:
+        """Record what this node knows of its own tree."""
+        await self._save(lambda record: replace(record, standing=standing, reason=reason))
+
+    async def note_written_alone(self) -> None:
+        """Record that a change is acknowledged in the current epoch with nobody else asked."""
+        epoch = self.record.epoch
+        assert epoch is not None
+        await self._save(lambda record: replace(record, wrote=record.wrote | {epoch.tag}))
+
+    @property
+    def wrote_alone(self) -> bool:
+        """Whether that has been recorded."""
+        epoch = self.record.epoch
+        return epoch is not None and epoch.tag in self.record.wrote
+
+    # ---- ids of new files
+
+    def new_id(self) -> int:
+        """The id of a new file; reserves the next block, here and now, when the last one is used up."""
+        epoch = self.record.epoch
+        assert epoch is not None
+        if self._next_counter == self._end_counter:
+            fresh = replace(self.record, ids_reserved=self.record.ids_reserved + ids.BLOCK)
+            self._journal.save(fresh)
+            self._take(fresh)
+        counter, self._next_counter = self._next_counter, self._next_counter + 1
+        return ids.make(epoch.number, self._node_bit, counter)
+
+    async def reserve_ahead(self) -> None:
+        """Reserve the next block before it is needed, so that `new_id` need not wait for the disk."""
+        if self._end_counter - self._next_counter >= _RESERVE_AHEAD:
+            return
+        async with self._saving:
+            fresh = replace(self.record, ids_reserved=self.record.ids_reserved + ids.BLOCK)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._journal.save, fresh)
+            self._take(fresh)
+
+    def _take(self, fresh: Record) -> None:
+        if self._next_counter == self._end_counter:
+            self._next_counter = fresh.ids_reserved - ids.BLOCK
+        self._end_counter = fresh.ids_reserved
+        self.record = fresh

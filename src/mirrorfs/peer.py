@@ -1,0 +1,328 @@
+"""The link to the other node: dialling, listening, the preamble and the greeting, frames both ways, heartbeats, silence.
+
+The node whose name comes first listens for the other one, which dials; both sides of a connection say the preamble and a HELLO
+first. Sending is synchronous: the bytes go into the socket at once if it takes them, and otherwise wait in `Link` for the
+writer task. Heartbeats come from a thread that touches nothing but the socket, so that a node that waits for its disk is
+still heard, and says since when it has been busy.
+"""
+
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import trio
+
+from mirrorfs.core import wire
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+
+log = logging.getLogger(__name__)
+
+_GREETING_TIMEOUT_S: Final = 5.0
+_MAX_STRANGERS: Final = 16
+_READ_SIZE: Final = 1 << 18
+_REDIAL_S: Final = 0.3
+
+
+class Link:
+    """A greeted connection: frames out by `send`, in by `receive`; ended by `close` or by whatever goes wrong on it."""
+
+    def __init__(
+        self, connection: socket.socket, decoder: wire.Decoder, *, ack_timeout_s: float, stall_timeout_s: float
+    ) -> None:
+        self._socket = connection
+        self._decoder = decoder
+        self._early = list(decoder.feed(b""))  # what came in one piece with the greeting
+        self._ack_timeout_s = ack_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._outbox: deque[memoryview] = deque()
+        self._outbox_bytes = 0
+        self._lock = threading.Lock()  # the outbox and the socket's sending side, shared with the heartbeat thread
+        self._writable = trio.Event()
+        self._closed = False
+        self._heard = False
+        self._busy_s = 0.0
+        self._ticked = time.monotonic()
+        self._quiet = threading.Event()
+        self.failure: MirrorfsError | None = None
+        self.bytes_sent = 0
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait for the network."""
+        return self._outbox_bytes
+
+    def send(self, frame: tuple[bytes, bytes]) -> None:
+        """Send one encoded frame; on a broken link nothing happens, `receive` tells."""
+        if self._closed:
+            return
+        header, payload = frame
+        with self._lock:
+            self.bytes_sent += len(header) + len(payload)
+            sent = 0
+            if not self._outbox:
+                try:
+                    sent = self._socket.sendmsg((header, payload))
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    self._fail(LinkLostError(f"the connection broke: {error.strerror}"))
+                    return
+            for part in (header, payload):
+                if sent >= len(part):
+                    sent -= len(part)
+                    continue
+                self._outbox.append(memoryview(part)[sent:])
+                self._outbox_bytes += len(part) - sent
+                sent = 0
+        if self._outbox:
+            self._writable.set()
+
+    def send_message(self, kind: Kind, content: object = None) -> None:
+        """Send a frame with a msgpack payload."""
+        self.send(wire.encode_message(kind, content))
+
+    async def receive(self) -> list[Frame]:
+        """The frames that have arrived, at least one; raises LinkLostError or ProtocolError when there will be no more."""
+        early, self._early = self._early, []
+        if early:
+            return early
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                data = self._socket.recv(_READ_SIZE)
+            except BlockingIOError:
+                try:
+                    await trio.lowlevel.wait_readable(self._socket)
+                except trio.ClosedResourceError:
+                    raise self.failure or LinkLostError("the connection was closed") from None
+                continue
+            except OSError as error:
+                raise self.failure or LinkLostError(f"the connection broke: {error.strerror}") from error
+            if not data:
+                if self._decoder.incomplete:
+                    raise ProtocolError("the connection ended inside a frame")
+                raise LinkLostError("the connection was closed")
+            self._heard = True
+            frames = list(self._decoder.feed(data))
+            for frame in frames:
+                if frame.kind is Kind.HEARTBEAT:
+                    self._busy_s = frame.offset / 1000
+            frames = [frame for frame in frames if frame.kind is not Kind.HEARTBEAT]
+            if frames:
+                return frames
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the link until it is closed: the writer, the heartbeats, the watch for silence."""
+        thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                task_status.started()
+                await self._write()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.close()
+
+    def close(self, why: str = "this node closed the connection") -> None:
+        """End the link; `receive` raises LinkLostError(why)."""
+        with self._lock:
+            self._fail(LinkLostError(why))
+        self._quiet.set()
+
+    def _fail(self, error: MirrorfsError) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.failure = error
+        self._writable.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        trio.lowlevel.notify_closing(self._socket)
+
+    def dispose(self) -> None:
+        """Give the socket back, when no task uses the link any more."""
+        self.close()
+        self._socket.close()
+
+    async def _write(self) -> None:
+        while not self._closed:
+            await self._writable.wait()
+            self._writable = trio.Event()
+            while self._outbox and not self._closed:
+                try:
+                    await trio.lowlevel.wait_writable(self._socket)
+                except trio.ClosedResourceError:
+                    return
+                with self._lock:
+                    self._flush()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._socket.sendmsg([self._outbox[i] for i in range(min(64, len(self._outbox)))])
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(LinkLostError(f"the connection broke: {error.strerror}"))
+            return
+        self._outbox_bytes -= sent
+        while sent:
+            first = self._outbox[0]
+            if sent < len(first):
+                self._outbox[0] = first[sent:]
+                return
+            sent -= len(first)
+            self._outbox.popleft()
+
+    def _beat(self) -> None:
+        interval = min(0.5, self._ack_timeout_s / 4)
+        while not self._quiet.wait(interval):
+            busy_ms = int((time.monotonic() - self._ticked) * 1000)
+            beat = b"".join(wire.encode(Frame(Kind.HEARTBEAT, offset=busy_ms)))
+            with self._lock:
+                if self._closed:
+                    return
+                if self._outbox:
+                    continue  # what waits there is heard as well
+                with suppress(OSError):
+                    sent = self._socket.send(beat)
+                    if sent < len(beat):
+                        self._outbox.append(memoryview(beat)[sent:])
+                        self._outbox_bytes += len(beat) - sent
+
+    async def _watch(self) -> None:
+        """End the link after a silence. Time in which this process itself stood still does not count as the peer's silence."""
+        step = min(0.1, self._ack_timeout_s / 10)
+        silence = 0.0
+        while True:
+            before = time.monotonic()
+            self._ticked = before
+            await trio.sleep(step)
+            silence = 0.0 if self._heard else silence + min(time.monotonic() - before, 2 * step)
+            self._heard = False
+            if self._outbox:
+                self._writable.set()  # a heartbeat may have left a part of itself there
+            if silence > self._ack_timeout_s:
+                self.close(f"nothing was heard for {self._ack_timeout_s:g} s (ack_timeout)")
+                return
+            if self._busy_s > self._stall_timeout_s:
+                self.close(f"the other node has been busy for {self._busy_s:.0f} s (stall_timeout)")
+                return
+
+
+async def greet(connection: socket.socket, hello: dict[str, Any]) -> tuple[dict[str, Any], wire.Decoder]:
+    """Say preamble and HELLO, and return the other's HELLO; raises ProtocolError or LinkLostError."""
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection.dup()))
+    decoder = wire.Decoder()
+    async with stream:
+        try:
+            with trio.fail_after(_GREETING_TIMEOUT_S):
+                await stream.send_all(wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, hello)))
+                data = b""
+                while True:
+                    more = await stream.receive_some(1 << 16)
+                    if not more:
+                        raise ProtocolError("the connection ended inside the greeting" if data else "it said nothing")
+                    data += more
+                    if len(data) >= wire.PREAMBLE.size or not wire.MAGIC.startswith(data[: len(wire.MAGIC)]):
+                        wire.check_preamble(data[: wire.PREAMBLE.size].ljust(wire.PREAMBLE.size, b"\0"))
+                        break
+                data = data[wire.PREAMBLE.size :]
+                while True:
+                    for frame in decoder.feed(data):
+                        if frame.kind is not Kind.HELLO:
+                            raise ProtocolError(f"it began with {frame.kind.name} instead of HELLO")
+                        content = wire.message(frame)
+                        if not isinstance(content, dict):
+                            raise ProtocolError("a malformed HELLO")
+                        return content, decoder
+                    data = await stream.receive_some(1 << 16)
+                    if not data:
+                        raise ProtocolError("the connection ended inside the greeting")
+        except trio.TooSlowError:
+            raise ProtocolError(f"it did not greet within {_GREETING_TIMEOUT_S:g} s") from None
+        except (trio.BrokenResourceError, OSError) as error:
+            raise LinkLostError(f"the connection broke in the greeting: {error}") from error
+
+
+Visitor = Callable[[socket.socket, str], Awaitable[None]]
+
+
+def _prepare(connection: socket.socket) -> None:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+async def listen(
+    address: str, port: int, visitor: Visitor, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Listen on `address` and nothing else, and run `visitor` for each connection; MirrorfsError if that cannot be."""
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=address)
+    except OSError as error:
+        raise MirrorfsError(f"cannot listen on {address} port {port}: {error.strerror or error}") from error
+    strangers = 0
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal strangers
+        host, *_ = stream.socket.getpeername()
+        if strangers >= _MAX_STRANGERS:
+            log.warning("%s: too many connections that have not greeted; this one is refused", host)
+            await stream.aclose()
+            return
+        connection = socket.socket(fileno=stream.socket.detach())
+        strangers += 1
+        try:
+            _prepare(connection)
+            await visitor(connection, str(host))
+        finally:
+            strangers -= 1
+            connection.close()
+
+    async with trio.open_nursery() as nursery:
+        task_status.started()
+        for listener in listeners:
+            nursery.start_soon(_accept, listener, serve, nursery)
+
+
+async def _accept(
+    listener: trio.SocketListener, serve: Callable[[trio.SocketStream], Awaitable[None]], nursery: trio.Nursery
+) -> None:
+    while True:
+        try:
+            stream = await listener.accept()
+        except OSError as error:
+            log.warning("cannot accept a connection: %s", error.strerror)
+            await trio.sleep(0.2)
+            continue
+        nursery.start_soon(serve, stream)
+
+
+async def dial(own_address: str, address: str, port: int, visitor: Visitor) -> None:
+    """Connect to the other node, again and again, and run `visitor` for each connection."""
+    told = ""
+    while True:
+        try:
+            with trio.fail_after(2):
+                stream = await trio.open_tcp_stream(address, port, local_address=own_address)
+        except (OSError, trio.TooSlowError) as error:
+            text = str(error) or "no answer"
+            if text != told:
+                log.info("%s port %d: not reached yet: %s", address, port, text)
+                told = text
+        else:
+            told = ""
+            connection = socket.socket(fileno=stream.socket.detach())
+            try:
+                _prepare(connection)
+                await visitor(connection, address)
+            finally:
+                connection.close()
+        await trio.sleep(_REDIAL_S)

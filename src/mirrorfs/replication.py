@@ -1,0 +1,489 @@
+"""The primary's side: apply a change here, put it on the stream, wait for the peer, answer.
+
+What lies between two awaits is atomic. `Primary.change` applies, numbers and sends with no await in between, so the order of the
+stream is the order in which the changes happened here; a new `await` in `_make` would need a new argument for that.
+
+The mode says what an acknowledgement needs:
+
+    MIRRORED  the peer's acknowledgement
+    ALONE     that this epoch's record says so durably (and that it says that something was acknowledged in it)
+    LOST      nothing is acknowledged: the peer is gone and the record does not say so yet
+    FROZEN    nothing is acknowledged and nothing begins: a handover, or `on_peer_loss = "freeze"`
+    ENDED     this node is not the primary any more
+"""
+
+import errno
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable
+from enum import Enum, auto
+from typing import Any, Final
+
+import trio
+
+from mirrorfs.core import ids, wire
+from mirrorfs.core import operations as ops
+from mirrorfs.core.epochs import Member
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import FrozenError, NotPrimaryError
+from mirrorfs.keeper import Keeper
+from mirrorfs.peer import Link
+from mirrorfs.resync import Copier
+from mirrorfs.table import Known
+from mirrorfs.tree import PartialChangeError, Tree
+
+log = logging.getLogger(__name__)
+
+#: Changes wait while more than this is on its way to a node that is being brought in sync.
+_MAX_QUEUED_BYTES: Final = 32 << 20
+_SETTLE_INTERVAL_S: Final = 0.1
+
+
+class Mode(Enum):
+    """What an acknowledgement needs; see the module's text."""
+
+    MIRRORED = auto()
+    ALONE = auto()
+    LOST = auto()
+    FROZEN = auto()
+    ENDED = auto()
+
+
+class Stream:
+    """The ordered stream of one reign over one link: sequence numbers from 1, acknowledgements, results of flushes."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.sent = 0
+        self.acknowledged = 0
+        self.broken = False
+        self._waiters: deque[tuple[int, trio.lowlevel.Task]] = deque()
+        self._flushes: dict[int, tuple[trio.Event, list[int]]] = {}
+
+    def put(self, operation: ops.Operation) -> int:
+        """Send an operation and return its sequence number."""
+        self.sent += 1
+        self.link.send(wire.encode_operation(operation, self.sent))
+        return self.sent
+
+    def put_flush(self, operation: ops.Flush) -> int:
+        """Send a sync, whose result `flushed` will wait for."""
+        sequence = self.put(operation)
+        self._flushes[sequence] = (trio.Event(), [])
+        return sequence
+
+    async def applied(self, sequence: int) -> bool:
+        """Wait until the peer has applied everything up to `sequence`; False if the link was lost before."""
+        if self.acknowledged >= sequence:
+            return True
+        if self.broken:
+            return False
+        waiter = (sequence, trio.lowlevel.current_task())
+        self._waiters.append(waiter)
+
+        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
+            self._waiters.remove(waiter)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        return self.acknowledged >= sequence
+
+    async def flushed(self, sequence: int) -> bool:
+        """Wait until the peer's disk has everything up to the sync `sequence`; False if the link was lost before."""
+        done, result = self._flushes[sequence]
+        try:
+            await done.wait()
+        finally:
+            del self._flushes[sequence]
+        return result == [0]
+
+    def on_ack(self, sequence: int) -> None:
+        """The peer has applied everything up to `sequence`."""
+        self.acknowledged = sequence
+        while self._waiters and self._waiters[0][0] <= sequence:
+            trio.lowlevel.reschedule(self._waiters.popleft()[1])
+
+    def on_flushed(self, sequence: int) -> None:
+        """The peer's sync `sequence` has succeeded."""
+        if sequence in self._flushes:
+            event, result = self._flushes[sequence]
+            result.append(0)
+            event.set()
+
+    def end(self) -> None:
+        """The link is lost: everybody who waits is told."""
+        self.broken = True
+        while self._waiters:
+            trio.lowlevel.reschedule(self._waiters.popleft()[1])
+        for event, _ in self._flushes.values():
+            event.set()
+
+
+class Primary:
+    """This node while it is the primary.
+
+    `disk_failed` is called when a sync failed here: the node must hand over or stop.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        keeper: Keeper,
+        *,
+        freeze_on_loss: bool,
+        freeze_timeout_s: float,
+        disk_failed: Callable[[OSError], Awaitable[None]],
+    ) -> None:
+        self.tree = tree
+        self.keeper = keeper
+        self.mode = Mode.ALONE
+        self.stream: Stream | None = None
+        self.copier: Copier | None = None
+        self.loss = ""
+        self._freeze_on_loss = freeze_on_loss
+        self._freeze_timeout_s = freeze_timeout_s
+        self._disk_failed = disk_failed
+        self._changed = trio.Event()
+        self._frozen_at = math.inf
+        self._introduced: set[int] = set()
+        self._unsettled: set[int] = set()
+        self._flush_both = False
+
+    # ---- what fuse_ops calls
+
+    async def change(self, change: ops.Change, target: Known | None = None) -> Any:
+        """Make a change on both nodes and return what `Tree.apply` returns for it.
+
+        `target` is the file that a change of data or attributes is for. Raises OSError as the backing store gives it,
+        NotPrimaryError, or FrozenError after `freeze_timeout`.
+        """
+        await self._admitted()
+        result, sequence, failure = self._make(change, target)
+        await self._acknowledged(sequence)
+        if failure is not None:
+            raise failure
+        return result
+
+    def _make(self, change: ops.Change, target: Known | None) -> tuple[Any, int, OSError | None]:
+        """Apply, number and send; no await in here."""
+        local = target is not None and target.gone  # a file without a name is nobody's but this node's
+        if self.mode is Mode.MIRRORED and not local:
+            self._introduce_for(change)
+        failure: OSError | None = None
+        result: Any = None
+        try:
+            result = self.tree.apply(change)
+        except PartialChangeError as partly:
+            change, failure = partly.done, partly.error
+        if isinstance(change, ops.Write):
+            if result < len(change.data):
+                change = ops.Write(change.file, change.offset, change.data[:result])
+        elif isinstance(result, Known) and result.gone:
+            self._introduced.discard(result.id)
+        if local:
+            return result, 0, failure
+        self._note_unsettled(change)
+        return result, self._send(change), failure
+
+    async def sync(self, known: Known, data_only: bool) -> None:
+        """fsync on both nodes at once; OSError if this node's disk failed."""
+        await self._admitted()
+        stream, version = self.stream, known.version
+        sequence = self._send_sync(known, data_only)
+        descriptor = self._descriptor_to_sync(known)
+        try:
+            async with trio.open_nursery() as nursery:
+                if sequence:
+                    assert stream is not None
+                    nursery.start_soon(stream.flushed, sequence)
+                flush = os.fdatasync if data_only else os.fsync
+                try:
+                    await trio.to_thread.run_sync(flush, descriptor)
+                except OSError as error:
+                    nursery.cancel_scope.cancel()
+                    raise error from None
+        except* OSError as group:
+            failed = group.exceptions[0]
+            assert isinstance(failed, OSError)
+            await self._disk_failed(failed)
+            raise OSError(failed.errno, os.strerror(failed.errno or errno.EIO)) from failed
+        finally:
+            if known.is_directory:
+                os.close(descriptor)
+            self.tree.table.let_go(known)
+        known.synced = max(known.synced, version)
+        if sequence and stream is not None and not stream.broken:
+            return
+        await self._acknowledged(sequence)
+
+    def _send_sync(self, known: Known, data_only: bool) -> int:
+        """Have the peer sync the file; 0 if it need not."""
+        if self.stream is None or known.gone:
+            return 0
+        self._settle(known.id)
+        if self.copier is None:
+            self._introduce(known.id)
+        elif not self._flush_both or known.id not in self.copier.introduced:
+            return 0
+        return self.stream.put_flush(ops.Sync(known.id, data_only))
+
+    def _descriptor_to_sync(self, known: Known) -> int:
+        descriptor = self.tree.table.hold(known)
+        if known.is_directory:
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return descriptor
+
+    # ---- waiting
+
+    async def _admitted(self) -> None:
+        """Wait until a change may begin."""
+        while True:
+            if self.mode is Mode.ENDED:
+                raise NotPrimaryError("this node is not the primary any more")
+            if self.mode is Mode.FROZEN:
+                await self._wait_for_change()
+            elif self.copier is not None and self.copier.stream.link.queued_bytes > _MAX_QUEUED_BYTES:
+                await trio.sleep(0.005)
+            else:
+                return
+
+    async def _acknowledged(self, sequence: int) -> None:
+        """Wait until the change with this number may be acknowledged."""
+        stream = self.stream
+        while True:
+            if self.mode is Mode.MIRRORED:
+                if stream is not self.stream:
+                    return  # the peer came in sync later, with this change in what was copied
+                assert stream is not None
+                if await stream.applied(sequence):
+                    return
+                if self.mode is Mode.MIRRORED:
+                    await self._wait_for_change()
+            elif self.mode is Mode.ALONE:
+                if not self.keeper.wrote_alone:
+                    await self.keeper.note_written_alone()
+                    continue
+                return
+            elif self.mode is Mode.ENDED:
+                raise NotPrimaryError("this node is not the primary any more")
+            else:
+                await self._wait_for_change()
+
+    async def _wait_for_change(self) -> None:
+        changed = self._changed
+        with trio.move_on_at(self._frozen_at + self._freeze_timeout_s if self._frozen_at < math.inf else math.inf):
+            await changed.wait()
+            return
+        raise FrozenError(f"frozen for {self._freeze_timeout_s:g} s (freeze_timeout): {self.loss}")
+
+    def enter(self, mode: Mode) -> None:
+        """Change the mode and let everybody who waits look again."""
+        if mode in (Mode.FROZEN, Mode.LOST):
+            if self._frozen_at == math.inf:
+                self._frozen_at = trio.current_time()
+        else:
+            self._frozen_at = math.inf
+        self.mode = mode
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ---- sending
+
+    def _send(self, change: ops.Change) -> int:
+        if self.stream is None:
+            return 0
+        if self.copier is not None:
+            return self.copier.send(change)
+        sequence = self.stream.put(change)
+        match change:
+            case ops.MakeNode() | ops.Symlink():
+                self._introduced.add(change.file)
+            case _:
+                pass
+        return sequence
+
+    def _introduce_for(self, change: ops.Change) -> None:
+        match change:
+            case ops.MakeNode() | ops.Symlink():
+                self._introduce(change.parent)
+            case ops.Unlink() | ops.RemoveDirectory():
+                self._introduce(change.parent)
+                self._introduce_if_linked(change.parent, change.name)
+            case ops.Link():
+                self._introduce(change.parent)
+                self._introduce(change.file)
+            case ops.Rename():
+                self._introduce(change.parent)
+                self._introduce(change.new_parent)
+                self._introduce_if_linked(change.new_parent, change.new_name)
+            case _:
+                self._introduce(change.file)
+
+    def _introduce(self, number: int) -> None:
+        """Make sure that the peer knows the file by its id: its first mention on the stream carries parent and name."""
+        if number in self._introduced or number == ids.ROOT:
+            return
+        known = self.tree.table.get(number)
+        if not known.names:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        parent, name = known.names[-1]
+        self._introduce(parent)
+        assert self.stream is not None
+        self.stream.put(ops.Introduce(parent, name, number))
+        self._introduced.add(number)
+
+    def _introduce_if_linked(self, parent: int, name: bytes) -> None:
+        """A file that loses one of several names may have no other that this node could introduce it by later."""
+        try:
+            known = self.tree.lookup(parent, name)
+        except OSError:
+            return
+        if not known.is_directory and self.tree.stat(known).st_nlink > 1 and known.names:
+            self._introduce(known.id)
+
+    # ---- times: settled when a file is closed or synced, and soon after the last change
+
+    def _note_unsettled(self, change: ops.Change) -> None:
+        match change:
+            case ops.Write():
+                self._unsettled.add(change.file)
+            case ops.SetAttributes():
+                if change.size is not None:
+                    self._unsettled.add(change.file)
+            case ops.Rename():
+                self._unsettled.add(change.parent)
+                self._unsettled.add(change.new_parent)
+            case ops.MakeNode() | ops.Symlink() | ops.Link() | ops.Unlink() | ops.RemoveDirectory():
+                self._unsettled.add(change.parent)
+            case _:
+                pass
+
+    def _settle(self, number: int) -> None:
+        """Send the modification time of a file as it stands here; nobody waits for it."""
+        if number not in self._unsettled:
+            return
+        self._unsettled.discard(number)
+        known = self.tree.table.find(number)
+        if known is None or known.gone or self.stream is None:
+            return
+        try:
+            change = ops.SetAttributes(number, mtime_ns=self.tree.stat(known).st_mtime_ns)
+            if self.copier is None:
+                self._introduce(number)
+        except OSError as error:
+            log.warning("cannot read the modification time of %x: %s", number, error.strerror)
+            return
+        self._send(change)
+
+    def settle(self, number: int) -> None:
+        """Settle one file's times if the node has somebody to tell (a file was closed)."""
+        if self.stream is not None and self.mode in (Mode.MIRRORED, Mode.ALONE):
+            self._settle(number)
+
+    def settle_all(self) -> None:
+        """Settle everything."""
+        for number in list(self._unsettled):
+            self._settle(number)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the peer has been told all times."""
+        return not self._unsettled
+
+    async def run(self) -> None:
+        """The housekeeping of a primary: times, ids, descriptors."""
+        while True:
+            await trio.sleep(_SETTLE_INTERVAL_S)
+            if self.mode in (Mode.MIRRORED, Mode.ALONE):
+                self.settle_all()
+            await self.keeper.reserve_ahead()
+
+    # ---- the peer comes and goes
+
+    async def begin_copy(self, link: Link) -> Copier:
+        """Begin to bring a following peer to the same tree; the peer does not count until `join`."""
+        assert self.mode is not Mode.MIRRORED
+        self.stream = Stream(link)
+        self.copier = Copier(self.tree, self.stream, note_unsettled=self._unsettled.add)
+        return self.copier
+
+    def mirror_to(self, link: Link) -> None:
+        """Begin a stream to a peer that has the same tree at this moment and is in the in-sync set."""
+        self.stream = Stream(link)
+        self._introduced.clear()
+        self.enter(Mode.MIRRORED)
+
+    async def join(self, peer: Member) -> bool:
+        """The copy is complete: make a checkpoint, then let the peer into the in-sync set; False if it was lost meanwhile."""
+        stream, copier = self.stream, self.copier
+        assert stream is not None
+        assert copier is not None
+        self._flush_both = True  # what is fsynced from here on is fsynced on both
+        self.settle_all()
+        sequence = stream.put_flush(ops.Checkpoint())
+        await trio.to_thread.run_sync(self.tree.syncfs)
+        if not await stream.flushed(sequence):
+            return False
+        self.settle_all()
+        await self.keeper.begin(self._own_name(), frozenset({self.keeper.me(), peer}))
+        if stream is not self.stream or stream.broken:
+            await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=True)
+            return False
+        # From here on every acknowledgement waits for the peer; the peer learns it in the stream, after all it depends on.
+        self.copier = None
+        self._flush_both = False
+        self._introduced.clear()
+        self.enter(Mode.MIRRORED)
+        return True
+
+    def _own_name(self) -> str:
+        return self.keeper.me().node
+
+    async def peer_lost(self, reason: str) -> None:
+        """The link to the peer has ended."""
+        stream, self.stream, self.copier = self.stream, None, None
+        self._flush_both = False
+        self._introduced.clear()
+        if stream is not None:
+            pending = stream.sent > stream.acknowledged
+            stream.end()
+            if self.mode is Mode.MIRRORED:
+                await self._go_on_without(reason, pending)
+                return
+        epoch = self.keeper.record.epoch
+        if self.mode is Mode.ALONE and epoch is not None and len(epoch.in_sync) > 1:
+            await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=self.keeper.wrote_alone)
+
+    async def _go_on_without(self, reason: str, pending: bool) -> None:
+        self.loss = reason
+        if self._freeze_on_loss:
+            self.enter(Mode.FROZEN)
+            log.warning("the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason)
+            return
+        self.enter(Mode.LOST)
+        epoch = await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=pending)
+        log.warning("the peer is lost (%s): going on alone in epoch %d", reason, epoch.number)
+        if self.mode is Mode.LOST:
+            self.enter(Mode.ALONE)
+
+    async def drain(self) -> bool:
+        """Freeze, and wait until the peer has applied everything; False if it was lost meanwhile."""
+        stream = self.stream
+        assert stream is not None
+        self.settle_all()
+        self.enter(Mode.FROZEN)
+        return await stream.applied(stream.sent)
+
+    def on_frame(self, frame: Frame) -> bool:
+        """Take in what the peer says about the stream; False if the frame is not about that."""
+        if self.stream is None:
+            return False
+        if frame.kind is Kind.ACK:
+            self.stream.on_ack(frame.sequence)
+        elif frame.kind is Kind.FLUSHED:
+            self.stream.on_flushed(frame.sequence)
+        else:
+            return False
+        return True

@@ -1,0 +1,179 @@
+"""The standby's side: apply the primary's stream in order, acknowledge, sync when told.
+
+A connection's frames are applied by one task, in order, with no await between the check of a number and its `apply`. A result that
+is not the primary's is divergence: the node records durably that it is outdated before it says so, and applies nothing more.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from mirrorfs.core import operations as ops
+from mirrorfs.core import wire
+from mirrorfs.core.epochs import Record, Standing, unpack_record
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import LinkLostError, ProtocolError
+from mirrorfs.keeper import Keeper
+from mirrorfs.peer import Link
+from mirrorfs.resync import Target
+from mirrorfs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+_OPERATIONS: Final = frozenset(wire.OPERATION_OF)
+
+
+class Standby:
+    """This node while it follows a primary over one link.
+
+    `before_first` is awaited before the first operation is applied: until then the kernel may hold what this node told it as
+    a primary.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        keeper: Keeper,
+        link: Link,
+        nursery: trio.Nursery,
+        *,
+        target: Target | None,
+        before_first: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.tree = tree
+        self.target = target
+        self.applied = 0
+        self.bytes_copied = 0
+        self._keeper = keeper
+        self._link = link
+        self._nursery = nursery
+        self._before_first = before_first
+        self._begun = False
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether this node has everything that was acknowledged."""
+        return self.target is None
+
+    def handles(self, frame: Frame) -> bool:
+        """Whether the frame belongs to the stream."""
+        return frame.kind in _OPERATIONS
+
+    async def take(self, frame: Frame) -> None:
+        """Apply one frame of the stream; LinkLostError after a divergence."""
+        if frame.sequence != self.applied + 1:
+            raise ProtocolError(f"number {frame.sequence} on the stream where {self.applied + 1} was due")
+        operation = wire.decode_operation(frame)
+        if not self._begun:
+            await self._before_first()
+            self._begun = True
+        if isinstance(operation, ops.Sync | ops.Checkpoint):
+            self._start_flush(operation, frame.sequence)
+        else:
+            try:
+                self._apply(operation)
+            except OSError as error:
+                await self._diverged(operation, frame.sequence, error)
+        self.applied = frame.sequence
+
+    def _apply(self, operation: ops.Change | ops.Introduce | ops.Copy) -> None:
+        if self.target is not None:
+            self.target.apply(operation)
+            if isinstance(operation, ops.CopyData):
+                self.bytes_copied += len(operation.data)
+        elif isinstance(operation, ops.Entry | ops.CopyData | ops.Vanish | ops.DirectoryDone):
+            raise ProtocolError(f"{type(operation).__name__} outside a resync")
+        elif isinstance(operation, ops.Write):
+            written = self.tree.apply(operation)
+            if written < len(operation.data):
+                # The system call that would have said why is the next one.
+                self.tree.apply(ops.Write(operation.file, operation.offset + written, operation.data[written:]))
+        else:
+            self.tree.apply(operation)
+            if isinstance(operation, ops.MakeNode | ops.Symlink):
+                self.tree.table.get(operation.file).pinned = True
+
+    def acknowledge(self) -> None:
+        """Tell the primary how far this node has come."""
+        self._link.send(wire.encode(Frame(Kind.ACK, self.applied)))
+
+    async def _diverged(self, operation: ops.Operation, sequence: int, error: OSError) -> None:
+        what = f"{type(operation).__name__} {sequence} failed here: {error.strerror}"
+        await self._fail(what)
+
+    async def _fail(self, what: str) -> None:
+        resyncing = self.target is not None
+        moment = time.strftime("%Y-%m-%d %H:%M:%S")
+        await self._keeper.stand(Standing.RESYNCING if resyncing else Standing.OUTDATED, f"{what} ({moment})")
+        log.error("out of sync: %s", what)
+        self._link.send_message(Kind.FAILED, what)
+        await trio.lowlevel.checkpoint()
+        self._link.close(what)
+        raise LinkLostError(what)
+
+    # ---- syncs run in threads and are acknowledged by themselves, so that a slow disk never blocks the changes behind them
+
+    def _start_flush(self, operation: ops.Flush, sequence: int) -> None:
+        if isinstance(operation, ops.Checkpoint):
+            self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None)
+            return
+        known = self.tree.table.find(operation.file)
+        if known is None or known.gone:
+            self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None)
+            return
+        held = self.tree.table.hold(known)
+        if known.is_directory:
+            descriptor = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            descriptor = os.dup(held)
+        version = known.version
+
+        def sync() -> None:
+            try:
+                (os.fdatasync if operation.data_only else os.fsync)(descriptor)
+            finally:
+                os.close(descriptor)
+
+        def done() -> None:
+            known.synced = max(known.synced, version)
+            self.tree.table.let_go(known)
+
+        self._nursery.start_soon(self._flush, sequence, sync, done)
+
+    async def _flush(self, sequence: int, sync: Callable[[], None], done: Callable[[], None] | None) -> None:
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(sync)
+        except OSError as error:
+            # Never tried again: the kernel has dropped what it could not write.
+            with trio.CancelScope(shield=True):
+                await self._keeper.stand(Standing.OUTDATED, f"a sync failed: {error.strerror}")
+            log.error("out of sync: a sync failed here: %s", error.strerror)
+            self._link.close(f"a sync failed here: {error.strerror}")
+            return
+        finally:
+            if done is not None:
+                done()
+        self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence)))
+
+    # ---- joining
+
+    async def join(self, theirs: Record) -> None:
+        """The copy is complete and this node is in the in-sync set: know it durably, then say so."""
+        if self.target is not None:
+            await self.target.finish()
+            self.target = None
+        await self._keeper.adopt(theirs, Standing.IN_SYNC, "")
+        self._link.send_message(Kind.JOINED)
+
+
+def record_in(frame: Frame) -> Record:
+    """The record that a frame carries; ProtocolError if it is none."""
+    try:
+        return unpack_record(wire.message(frame))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"a malformed {frame.kind.name}: {error!r}") from error

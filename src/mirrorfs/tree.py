@@ -1,0 +1,363 @@
+"""The files underneath: the only module that reads and changes them. `Tree.apply` is the same on both nodes.
+
+A file's id stands in its attribute `trusted.mirrorfs` with the volume's id and the backing inode number, and counts only if
+both match: what somebody copied or restored underneath has no id. Everything here is synchronous and raises OSError as the
+backing store gives it; what can wait long for a disk says so and belongs in a worker thread.
+"""
+
+import errno
+import logging
+import os
+import stat
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+from mirrorfs import backing
+from mirrorfs.core import ids
+from mirrorfs.core import operations as ops
+from mirrorfs.table import Known, Table
+
+log = logging.getLogger(__name__)
+
+ID_XATTR: Final = "trusted.mirrorfs"
+_ID: Final = struct.Struct("<16sQQ")
+_O_LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_SPECIAL: Final = stat.S_ISUID | stat.S_ISGID
+
+
+class PartialChangeError(Exception):
+    """A change of several steps failed after some of them: `done` is what really happened, `error` what failed."""
+
+    def __init__(self, done: ops.SetAttributes, error: OSError) -> None:
+        super().__init__(str(error))
+        self.done = done
+        self.error = error
+
+
+def no_new_ids() -> int | None:
+    """The source of ids of a node that may not give any."""
+    return None
+
+
+class Tree:
+    """The tree underneath `root`, a directory descriptor that stays the caller's.
+
+    `new_id` gives the id of a file that has none, or None on a node that may not give ids; only a primary sets it.
+    """
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._device = os.fstat(root).st_dev
+        self._volume = b""
+        self.new_id: Callable[[], int | None] = no_new_ids
+        self.table = Table(root)
+        self._apply: dict[type, Callable[[Any], Any]] = {
+            ops.Write: self._write,
+            ops.MakeNode: self._make_node,
+            ops.Symlink: self._symlink,
+            ops.Link: self._link,
+            ops.Unlink: self._unlink,
+            ops.RemoveDirectory: self._remove_directory,
+            ops.Rename: self._rename,
+            ops.SetAttributes: self._set_attributes,
+            ops.SetXattr: self._set_xattr,
+            ops.RemoveXattr: self._remove_xattr,
+            ops.Introduce: self._introduce,
+        }
+        known = self.table.add(ids.ROOT, stat.S_IFDIR, os.open(".", _O_LOOK, dir_fd=root))
+        known.lookups = known.opens = 1
+
+    def set_volume(self, volume: bytes) -> None:
+        """Say which volume this is (16 bytes): ids of any other do not count from now on."""
+        assert len(volume) == 16, volume
+        self._volume = volume
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no file at all."""
+        with os.scandir(self._root) as entries:
+            return next(entries, None) is None
+
+    # ---- finding files
+
+    def lookup(self, parent: int, name: bytes) -> Known:
+        """The file of that name; ENOENT if there is none."""
+        directory = self.table.get(parent)
+        if name == b".":
+            return directory
+        if name == b".." and parent == ids.ROOT:
+            return directory
+        descriptor = os.open(name, _O_LOOK, dir_fd=self.table.descriptor(directory))
+        try:
+            status = os.fstat(descriptor)
+            number = self._id_of(descriptor, status)
+            if number is None:
+                number = self._give_id(descriptor, status, parent, name)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self.table.add(number, stat.S_IFMT(status.st_mode), descriptor)
+
+    def _id_of(self, descriptor: int, status: os.stat_result) -> int | None:
+        if status.st_dev != self._device:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        try:
+            value = os.getxattr(f"/proc/self/fd/{descriptor}", ID_XATTR)
+            volume, inode, number = _ID.unpack(value)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return None
+        except struct.error:
+            return None
+        return number if volume == self._volume and inode == status.st_ino else None
+
+    def _give_id(self, descriptor: int, status: os.stat_result, parent: int, name: bytes) -> int:
+        number = self.new_id()
+        if number is None:
+            return ids.PROVISIONAL | status.st_ino
+        self.stamp(descriptor, status.st_ino, number)
+        log.debug("gave id %x to %r in %x", number, name, parent)
+        return number
+
+    def stamp(self, descriptor: int, inode: int, number: int) -> None:
+        """Write a file's id into its attribute."""
+        os.setxattr(f"/proc/self/fd/{descriptor}", ID_XATTR, _ID.pack(self._volume, inode, number))
+
+    # ---- reading
+
+    def stat(self, known: Known) -> os.stat_result:
+        """What fstat(2) says of the file underneath (its st_ino is the backing one)."""
+        return os.fstat(self.table.descriptor(known))
+
+    def names(self, known: Known) -> list[bytes]:
+        """The names in a directory, without `.` and `..`, as of now."""
+        descriptor = os.open(self.table.proc(known), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return [os.fsencode(name) for name in os.listdir(descriptor)]
+        finally:
+            os.close(descriptor)
+
+    def parent_of(self, known: Known) -> int:
+        """The id of a directory's parent; the root is its own."""
+        return known.id if known.id == ids.ROOT else self.lookup(known.id, b"..").id
+
+    def read_cached(self, known: Known, offset: int, size: int) -> bytes | None:
+        """Up to `size` bytes if they are in memory, None if a disk has to be waited for."""
+        descriptor = self.table.data(known)
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        if count == size:
+            return bytes(buffer)
+        if offset + count >= os.fstat(descriptor).st_size:
+            return bytes(memoryview(buffer)[:count])
+        return None
+
+    def readlink(self, known: Known) -> bytes:
+        """Where a symbolic link points."""
+        return os.readlink(b"", dir_fd=self.table.descriptor(known))
+
+    def xattr(self, known: Known, name: bytes) -> bytes:
+        """The value of an extended attribute; ENODATA if there is none."""
+        if name == ID_XATTR.encode():
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        return os.getxattr(self.table.proc(known), name)
+
+    def xattrs(self, known: Known) -> list[bytes]:
+        """The names of its extended attributes, without the id's."""
+        return [os.fsencode(name) for name in os.listxattr(self.table.proc(known)) if name != ID_XATTR]
+
+    def statvfs(self) -> os.statvfs_result:
+        """Sizes of the file system underneath."""
+        return os.fstatvfs(self._root)
+
+    # ---- making durable (these wait for the disk: call them from a worker thread with a held descriptor)
+
+    def syncfs(self) -> None:
+        """Make everything durable; the descriptor is held since the start, so that no writeback error is missed."""
+        backing.syncfs(self._root)
+
+    # ---- changing
+
+    def apply(self, change: ops.Change | ops.Introduce) -> Any:
+        """Make a change: the same on the primary and on its peer.
+
+        Returns the bytes written for a `Write`, the new file for `MakeNode` and `Symlink`, the file that lost a name for
+        `Unlink`, `RemoveDirectory` and a `Rename` over it, else None. Raises OSError if nothing was changed,
+        PartialChangeError if some of it was.
+        """
+        return self._apply[type(change)](change)
+
+    def _write(self, change: ops.Write) -> int:
+        known = self.table.get(change.file)
+        known.version += 1
+        return os.pwrite(self.table.data(known), change.data, change.offset)
+
+    def _make_node(self, change: ops.MakeNode) -> Known:
+        directory = self.table.descriptor(self.table.get(change.parent))
+        kind, permissions = stat.S_IFMT(change.mode), stat.S_IMODE(change.mode) & 0o777
+        if kind == stat.S_IFREG:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(change.name, flags, permissions, dir_fd=directory)
+        elif kind == stat.S_IFDIR:
+            os.mkdir(change.name, permissions, dir_fd=directory)
+            descriptor = os.open(change.name, _O_LOOK, dir_fd=directory)
+        else:
+            os.mknod(change.name, kind | permissions, change.rdev, dir_fd=directory)
+            descriptor = os.open(change.name, _O_LOOK, dir_fd=directory)
+        try:
+            status = self._own(descriptor, change.file, change.uid, change.gid)
+            special = stat.S_IMODE(change.mode) & 0o7000
+            if status.st_mode & 0o7000 != special or (change.uid, change.gid) != (status.st_uid, status.st_gid):
+                # After the chown, which clears them; the permissions are what a default ACL made of them.
+                os.chmod(f"/proc/self/fd/{descriptor}", stat.S_IMODE(status.st_mode) & 0o777 | special)
+        except OSError:
+            os.close(descriptor)
+            self._undo_make(change.name, directory, kind)
+            raise
+        if kind == stat.S_IFREG:
+            known = self.table.add_made(change.file, descriptor)
+            known.special = bool(special & _SPECIAL)
+            return known
+        return self.table.add(change.file, kind, descriptor)
+
+    def _own(self, descriptor: int, number: int, uid: int, gid: int) -> os.stat_result:
+        """Give a new file its owner and id; returns its status from before."""
+        status = os.fstat(descriptor)
+        if (status.st_uid, status.st_gid) != (uid, gid):
+            os.chown(f"/proc/self/fd/{descriptor}", uid, gid)
+        self.stamp(descriptor, status.st_ino, number)
+        return status
+
+    def _undo_make(self, name: bytes, directory: int, kind: int) -> None:
+        with suppress(OSError):
+            (os.rmdir if kind == stat.S_IFDIR else os.unlink)(name, dir_fd=directory)
+
+    def _symlink(self, change: ops.Symlink) -> Known:
+        directory = self.table.descriptor(self.table.get(change.parent))
+        os.symlink(change.target, change.name, dir_fd=directory)
+        try:
+            descriptor = os.open(change.name, _O_LOOK, dir_fd=directory)
+            try:
+                self._own(descriptor, change.file, change.uid, change.gid)
+            except OSError:
+                os.close(descriptor)
+                raise
+        except OSError:
+            self._undo_make(change.name, directory, stat.S_IFLNK)
+            raise
+        return self.table.add(change.file, stat.S_IFLNK, descriptor)
+
+    def _link(self, change: ops.Link) -> None:
+        directory = self.table.descriptor(self.table.get(change.parent))
+        source = self.table.proc(self.table.get(change.file))
+        os.link(source, change.name, dst_dir_fd=directory, follow_symlinks=True)
+
+    def _unlink(self, change: ops.Unlink) -> Known:
+        victim = self.lookup(change.parent, change.name)
+        directory = self.table.descriptor(self.table.get(change.parent))
+        os.unlink(change.name, dir_fd=directory)
+        return self._lost_name(victim, change.parent, change.name)
+
+    def _remove_directory(self, change: ops.RemoveDirectory) -> Known:
+        victim = self.lookup(change.parent, change.name)
+        directory = self.table.descriptor(self.table.get(change.parent))
+        os.rmdir(change.name, dir_fd=directory)
+        return self._lost_name(victim, change.parent, change.name)
+
+    def _lost_name(self, victim: Known, parent: int, name: bytes) -> Known:
+        with suppress(ValueError):
+            victim.names.remove((parent, name))
+        victim.gone = victim.is_directory or self.stat(victim).st_nlink == 0
+        self.table.drop_unused(victim)
+        return victim
+
+    def _rename(self, change: ops.Rename) -> Known | None:
+        moved = self.lookup(change.parent, change.name)
+        try:
+            replaced: Known | None = self.lookup(change.new_parent, change.new_name)
+        except FileNotFoundError:
+            replaced = None
+        old = self.table.descriptor(self.table.get(change.parent))
+        new = self.table.descriptor(self.table.get(change.new_parent))
+        if change.flags:
+            backing.rename2(old, change.name, new, change.new_name, change.flags)
+        else:
+            os.rename(change.name, change.new_name, src_dir_fd=old, dst_dir_fd=new)
+        if replaced is moved and not change.flags:
+            return None  # two names of one file: rename(2) does nothing
+        was, now = (change.parent, change.name), (change.new_parent, change.new_name)
+        if was in moved.names:
+            moved.names.remove(was)
+            moved.names.append(now)
+        self.table.drop_unused(moved)
+        if replaced is None:
+            return None
+        if not change.flags & RENAME_EXCHANGE:
+            return self._lost_name(replaced, *now)
+        if now in replaced.names:
+            replaced.names.remove(now)
+            replaced.names.append(was)
+        self.table.drop_unused(replaced)
+        return None
+
+    def _set_attributes(self, change: ops.SetAttributes) -> None:
+        known = self.table.get(change.file)
+        done = ops.SetAttributes(change.file)
+        try:
+            if change.uid is not None or change.gid is not None:
+                os.chown(
+                    self.table.proc(known),
+                    -1 if change.uid is None else change.uid,
+                    -1 if change.gid is None else change.gid,
+                )
+                done = replace(done, uid=change.uid, gid=change.gid)
+            if change.mode is not None:
+                os.chmod(self.table.proc(known), stat.S_IMODE(change.mode))
+                known.special = bool(change.mode & _SPECIAL)
+                done = replace(done, mode=change.mode)
+            if change.size is not None:
+                known.version += 1
+                os.ftruncate(self.table.data(known), change.size)
+                done = replace(done, size=change.size)
+            if change.atime_ns is not None or change.mtime_ns is not None:
+                self._set_times(known, change.atime_ns, change.mtime_ns)
+        except OSError as error:
+            if done != ops.SetAttributes(change.file):
+                raise PartialChangeError(done, error) from error
+            raise
+
+    def _set_times(self, known: Known, atime_ns: int | None, mtime_ns: int | None) -> None:
+        status = self.stat(known)
+        times = (
+            status.st_atime_ns if atime_ns is None else atime_ns,
+            status.st_mtime_ns if mtime_ns is None else mtime_ns,
+        )
+        os.utime(self.table.proc(known), ns=times)
+
+    def _set_xattr(self, change: ops.SetXattr) -> None:
+        self._refuse_own_xattr(change.name)
+        os.setxattr(self.table.proc(self.table.get(change.file)), change.name, change.value)
+
+    def _remove_xattr(self, change: ops.RemoveXattr) -> None:
+        self._refuse_own_xattr(change.name)
+        os.removexattr(self.table.proc(self.table.get(change.file)), change.name)
+
+    def _introduce(self, change: ops.Introduce) -> None:
+        known = self.lookup(change.parent, change.name)
+        if known.id != change.file:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        known.pinned = True
+
+    def _refuse_own_xattr(self, name: bytes) -> None:
+        if name == ID_XATTR.encode():
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+RENAME_EXCHANGE: Final = 2

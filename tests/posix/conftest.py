@@ -1,0 +1,62 @@
+"""Where the tests of POSIX behaviour run: a directory of the caller's choice, or the primary's mount of a mirrored pair.
+
+With MIRRORFS_TEST_DIR=DIR they run in a fresh directory below DIR; on a local ext4 that shows that the tests themselves
+are right. They need root, and every user must be able to reach the directory.
+"""
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.posix.support import as_alice
+
+_numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs root."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.root)
+
+
+@pytest.fixture(scope="session")
+def place(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A fresh directory of root's on the file system under test, mode 0755."""
+    chosen = os.environ.get("MIRRORFS_TEST_DIR")
+    parent = Path(chosen).resolve() if chosen else request.getfixturevalue("mirrored").one.mount
+    place = Path(tempfile.mkdtemp(prefix="posix-", dir=parent))
+    place.chmod(0o755)
+    assert as_alice(lambda: os.access(place, os.X_OK)), f"{place} must be reachable for every user"
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def here(place: Path) -> Path:
+    """An empty directory of root's, mode 0755, for one test."""
+    here = place / str(next(_numbers))
+    here.mkdir(mode=0o755)
+    return here
+
+
+@pytest.fixture(scope="session")
+def on_fuse(place: Path) -> bool:
+    """Whether the file system under test is a FUSE mount, which leaves some answers to the library and the kernel."""
+    device = place.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    kinds = [fields[fields.index("-") + 1] for fields in mounts if fields[2] == number]
+    return any(kind.startswith("fuse") for kind in kinds)
+
+
+@pytest.fixture(autouse=True)
+def _no_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
