@@ -133,7 +133,7 @@ class Backing:
 
 def _is_dead(path: Path) -> bool:
     try:
-        os.stat(path)
+        os.statvfs(path)  # stat(2) may be answered from the kernel's cache
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -55,6 +55,9 @@ class Host(Protocol):
     def reign(self) -> int:
         """Grows each time that this node becomes the primary."""
 
+    def new_id(self) -> int:
+        """The id of a new file."""
+
     def space(self) -> Space:
         """The smaller of both nodes."""
 
@@ -78,7 +81,7 @@ def _answered(
             log.exception("a defect in %s", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from error
 
-    return answer
+    return answer  # type: ignore[return-value]  # functools.wraps forgets that `self` may be given by position only
 
 
 class Handle:
@@ -165,12 +168,6 @@ class FuseOperations(pyfuse3.Operations):
         known.special = bool(entry.st_mode & (stat.S_ISUID | stat.S_ISGID))
         return entry
 
-    def _new_id(self) -> int:
-        number = self._tree.new_id()
-        if number is None:
-            raise NotPrimaryError("this node is not the primary")
-        return number
-
     def _group_of_new(self, parent: int, gid: int) -> tuple[int, bool]:
         """The group of a new file, and whether the directory hands its own down."""
         above = self._tree.stat(self._tree.table.get(parent))
@@ -224,7 +221,7 @@ class FuseOperations(pyfuse3.Operations):
         gid, inherits = self._group_of_new(parent, ctx.gid)
         if inherits and stat.S_ISDIR(mode):
             mode |= stat.S_ISGID
-        change = ops.MakeNode(parent, name, self._new_id(), mode, ctx.uid, gid, rdev)
+        change = ops.MakeNode(parent, name, self._host.new_id(), mode, ctx.uid, gid, rdev)
         return self._looked_up(parent, name, await primary.change(change))
 
     @_answered
@@ -233,7 +230,7 @@ class FuseOperations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         primary = self._primary()
         gid, _ = self._group_of_new(parent_inode, ctx.gid)
-        change = ops.Symlink(parent_inode, name, self._new_id(), target, ctx.uid, gid)
+        change = ops.Symlink(parent_inode, name, self._host.new_id(), target, ctx.uid, gid)
         return self._looked_up(parent_inode, name, await primary.change(change))
 
     @_answered
@@ -343,7 +340,7 @@ class FuseOperations(pyfuse3.Operations):
         answer.f_files = space.files
         answer.f_ffree = answer.f_favail = space.files_free
         answer.f_namemax = _NAME_MAX
-        return answer
+        return answer  # type: ignore[return-value]  # functools.wraps forgets that `self` may be given by position only
 
     # ---- files
 
@@ -353,7 +350,7 @@ class FuseOperations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         primary = self._primary()
         gid, _ = self._group_of_new(parent_inode, ctx.gid)
-        change = ops.MakeNode(parent_inode, name, self._new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
+        change = ops.MakeNode(parent_inode, name, self._host.new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
         try:
             known = await primary.change(change)
         except FileExistsError:

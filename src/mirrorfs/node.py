@@ -137,6 +137,10 @@ class Node:
             s.f_frsize, s.f_blocks * s.f_frsize, s.f_bfree * s.f_frsize, s.f_bavail * s.f_frsize, s.f_files, s.f_ffree
         )
 
+    def new_id(self) -> int:
+        """The id of a file that an application makes."""
+        return self.keeper.new_id()
+
     def _found_id(self) -> int:
         """The id for a file that has none; while mirrored there is no such file, unless somebody made it underneath."""
         if self.primary is not None and self.primary.mode is Mode.MIRRORED:
@@ -149,8 +153,8 @@ class Node:
 
     # ---- roles
 
-    async def _lead(self, mode: Mode, reason: str) -> Primary:
-        """Become the primary; the epoch that says so is durable already."""
+    async def _lead(self, reason: str, *, mirror_to: Link | None = None) -> None:
+        """Become the primary; the epoch that says so is durable already. With `mirror_to`, the peer has the same tree."""
         assert self.primary is None
         self._use_volume(self.keeper.record.volume_id)
         await session.invalidate(self.tree.table.all())
@@ -161,14 +165,14 @@ class Node:
             freeze_timeout_s=self.config.replication.freeze_timeout_s,
             disk_failed=self._disk_failed,
         )
-        primary.mode = mode
+        if mirror_to is not None:
+            primary.mirror_to(mirror_to)
         await self.keeper.reserve_ahead()
         self.tree.new_id = self._found_id
         self.standby = None
         self.reign += 1
         self.primary = primary
         self._enter(reason)
-        return primary
 
     async def _stop_leading(self, reason: str) -> None:
         """Not the primary any more, as the record already says; changes that wait are refused, the kernel forgets all."""
@@ -307,7 +311,7 @@ class Node:
             record = self.keeper.record
             await self.keeper.begin(self.config.node.name, frozenset({self.keeper.me()}), wrote=self.keeper.wrote_alone)
             assert record.volume_id
-            await self._lead(Mode.ALONE, reason)
+            await self._lead(reason)
         else:
             epoch = self.keeper.record.epoch
             assert epoch is not None
@@ -448,11 +452,8 @@ class Node:
         epoch = self.keeper.record.epoch
         assert epoch is not None
         assert self._peer is not None
-        mirrored = epoch.has(self._peer.node)
-        primary = await self._lead(Mode.ALONE, f"taken over from {self._peer.node}")
-        if mirrored:
-            primary.mirror_to(link)
-            self._peer_joined = True
+        self._peer_joined = epoch.has(self._peer.node)
+        await self._lead(f"taken over from {self._peer.node}", mirror_to=link if self._peer_joined else None)
 
     async def promote(self, *, yes: bool, force: bool) -> str:
         """Become the primary on an operator's word; returns what was done, or raises what stands against it."""
@@ -489,7 +490,7 @@ class Node:
                 wrote=peer is not None,
                 volume_id=os.urandom(16).hex(),
             )
-            await self._lead(Mode.ALONE, "promoted by hand" if not forced else "promoted by force")
+            await self._lead("promoted by hand" if not forced else "promoted by force")
             if self._link is not None:
                 self._link.close("promoted: greeting again")
         epoch = self.keeper.record.epoch
@@ -658,7 +659,7 @@ class Node:
             wrote=True,
             volume_id=os.urandom(16).hex(),
         )
-        await self._lead(Mode.ALONE, "no peer is configured: this node runs alone")
+        await self._lead("no peer is configured: this node runs alone")
 
     async def _housekeeping(self) -> None:
         while True:

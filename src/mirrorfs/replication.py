@@ -148,7 +148,7 @@ class Primary:
         self._changed = trio.Event()
         self._frozen_at = math.inf
         self._introduced: set[int] = set()
-        self._unsettled: set[int] = set()
+        self._unsettled: dict[int, Known] = {}
         self._flush_both = False
 
     # ---- what fuse_ops calls
@@ -348,34 +348,45 @@ class Primary:
     def _note_unsettled(self, change: ops.Change) -> None:
         match change:
             case ops.Write():
-                self._unsettled.add(change.file)
+                self._unsettle(change.file)
             case ops.SetAttributes():
                 if change.size is not None:
-                    self._unsettled.add(change.file)
+                    self._unsettle(change.file)
             case ops.Rename():
-                self._unsettled.add(change.parent)
-                self._unsettled.add(change.new_parent)
-            case ops.MakeNode() | ops.Symlink() | ops.Link() | ops.Unlink() | ops.RemoveDirectory():
-                self._unsettled.add(change.parent)
+                self._unsettle(change.parent)
+                self._unsettle(change.new_parent)
+            case ops.MakeNode() | ops.Symlink():
+                self._unsettle(change.parent)
+                self._unsettle(change.file)
+            case ops.Link() | ops.Unlink() | ops.RemoveDirectory():
+                self._unsettle(change.parent)
             case _:
                 pass
 
+    def _unsettle(self, number: int) -> None:
+        """The peer must be told this file's modification time once more; until then the file stays known."""
+        known = self.tree.table.find(number)
+        if self.stream is not None and known is not None and number not in self._unsettled:
+            known.kept += 1
+            self._unsettled[number] = known
+
     def _settle(self, number: int) -> None:
         """Send the modification time of a file as it stands here; nobody waits for it."""
-        if number not in self._unsettled:
+        known = self._unsettled.pop(number, None)
+        if known is None:
             return
-        self._unsettled.discard(number)
-        known = self.tree.table.find(number)
-        if known is None or known.gone or self.stream is None:
-            return
+        known.kept -= 1
         try:
+            if known.gone or self.stream is None:
+                return
             change = ops.SetAttributes(number, mtime_ns=self.tree.stat(known).st_mtime_ns)
             if self.copier is None:
                 self._introduce(number)
+            self._send(change)
         except OSError as error:
-            log.warning("cannot read the modification time of %x: %s", number, error.strerror)
-            return
-        self._send(change)
+            log.warning("cannot settle the modification time of %x: %s", number, error.strerror)
+        finally:
+            self.tree.table.drop_unused(known)
 
     def settle(self, number: int) -> None:
         """Settle one file's times if the node has somebody to tell (a file was closed)."""
@@ -406,7 +417,7 @@ class Primary:
         """Begin to bring a following peer to the same tree; the peer does not count until `join`."""
         assert self.mode is not Mode.MIRRORED
         self.stream = Stream(link)
-        self.copier = Copier(self.tree, self.stream, note_unsettled=self._unsettled.add)
+        self.copier = Copier(self.tree, self.stream, note_unsettled=self._unsettle)
         return self.copier
 
     def mirror_to(self, link: Link) -> None:

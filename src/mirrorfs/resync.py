@@ -272,15 +272,13 @@ class Target:
         if entry.file == ids.ROOT:
             self._root(entry)
             return
-        self.stale.get(entry.parent, set()).discard(entry.name)
         known = self.tree.table.find(entry.file)
-        here = self._here(entry.parent, entry.name)
         if known is not None and known.pinned:
-            if here is not known:
+            if self._introduced_here(entry.parent, entry.name) is not known:
                 self._place(known, entry)
             return
-        if here is not None and here.is_directory and not here.pinned and stat.S_ISDIR(entry.mode):
-            known = self._reuse_directory(here, entry)
+        if stat.S_ISDIR(entry.mode) and self._is_stale_directory(entry.parent, entry.name):
+            known = self._reuse_directory(entry)
         else:
             self._clear(entry.parent, entry.name)
             known = self._make(entry)
@@ -292,11 +290,20 @@ class Target:
         self.stale[ids.ROOT] = set(self.tree.names(root))
         self._attributes(root, entry)
 
-    def _here(self, parent: int, name: bytes) -> Known | None:
+    def _introduced_here(self, parent: int, name: bytes) -> Known | None:
+        """The file that the source has put under this name. The ids of what was here before do not count."""
+        if name in self.stale.get(parent, ()):
+            return None
         try:
             return self.tree.lookup(parent, name)
         except FileNotFoundError:
             return None
+
+    def _is_stale_directory(self, parent: int, name: bytes) -> bool:
+        if name not in self.stale.get(parent, ()):
+            return False
+        directory = self.tree.table.descriptor(self.tree.table.get(parent))
+        return stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
 
     def _place(self, known: Known, entry: ops.Entry) -> None:
         """A file that is here already gets one more name; a directory moves."""
@@ -323,19 +330,20 @@ class Target:
             os.close(readable)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    def _reuse_directory(self, here: Known, entry: ops.Entry) -> Known:
-        descriptor = os.open(
-            entry.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self.tree.table.descriptor(self.tree.table.get(entry.parent))
-        )
+    def _reuse_directory(self, entry: ops.Entry) -> Known:
+        """A directory of the same name was here: it becomes the source's, and its names have to be spoken of."""
+        self.stale[entry.parent].discard(entry.name)
+        above = self.tree.table.descriptor(self.tree.table.get(entry.parent))
+        descriptor = os.open(entry.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
         self.tree.stamp(descriptor, os.fstat(descriptor).st_ino, entry.file)
-        if here.id != entry.file:
-            self.tree.table.drop_unused(here)
+        self.tree.table.unbind(entry.file)
         known = self.tree.table.add(entry.file, stat.S_IFDIR, descriptor)
         self.stale[entry.file] = set(self.tree.names(known))
         self._attributes(known, entry)
         return known
 
     def _make(self, entry: ops.Entry) -> Known:
+        self.tree.table.unbind(entry.file)
         if stat.S_ISLNK(entry.mode):
             known: Known = self.tree.apply(
                 ops.Symlink(entry.parent, entry.name, entry.file, entry.target, entry.uid, entry.gid)
@@ -362,18 +370,18 @@ class Target:
 
     def _clear(self, parent: int, name: bytes) -> None:
         """Take away whatever stands under a name: what may still be needed waits in `orphans`."""
-        self.stale.get(parent, set()).discard(name)
-        here = self._here(parent, name)
-        if here is None:
-            return
+        here = self._introduced_here(parent, name)
         directory = self.tree.table.descriptor(self.tree.table.get(parent))
-        if here.pinned or here.is_directory:
+        self.stale.get(parent, set()).discard(name)
+        try:
+            is_directory = stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return
+        if here is not None or is_directory:
             self._count += 1
             os.rename(name, b"%d" % self._count, src_dir_fd=directory, dst_dir_fd=self._orphans)
         else:
             os.unlink(name, dir_fd=directory)
-            here.gone = self.tree.stat(here).st_nlink == 0
-        self.tree.table.drop_unused(here)
 
     def _directory_done(self, number: int) -> None:
         for name in list(self.stale.pop(number, ())):

@@ -113,10 +113,29 @@ class Table:
 
     def add_made(self, number: int, data: int) -> Known:
         """A regular file that was just made; takes over the read-write descriptor `data`."""
-        known = self._files[number] = Known(number, stat.S_IFREG)
+        known = self._files.get(number)
+        if known is None:
+            known = self._files[number] = Known(number, stat.S_IFREG)
+        assert known.data < 0, number
         known.data = data
-        self._rest(known)
+        if known.opens == 0:
+            self._rest(known)
         return known
+
+    def unbind(self, number: int) -> None:
+        """Another file underneath is about to take this id over: what the kernel knows and has open leads there from now on."""
+        known = self._files.get(number)
+        if known is None:
+            return
+        self._paths.pop(number, None)
+        self._idle.pop(number, None)
+        for descriptor in (known.path, known.data):
+            if descriptor >= 0:
+                os.close(descriptor)
+        known.path = known.data = -1
+        known.handle = b""
+        known.gone = False
+        known.synced = known.version
 
     def descriptor(self, known: Known) -> int:
         """A descriptor that names the file (O_PATH or better)."""

@@ -212,12 +212,19 @@ def test_a_change_by_root_keeps_setuid_and_setgid(here: Path, change: Callable[[
     assert mode_of(here / "file") == 0o6777
 
 
-def test_truncating_by_name_or_at_open_clears_setuid_for_a_user(here: Path) -> None:
-    for name in ("one", "two"):
-        touch(here / name, 0o4777, data=b"data")
-    as_alice(lambda: os.truncate(here / "one", 1))
-    as_alice(lambda: os.close(os.open(here / "two", os.O_WRONLY | os.O_TRUNC)))
-    assert (mode_of(here / "one"), mode_of(here / "two")) == (0o0777, 0o0777)
+@pytest.mark.parametrize("how", ["by name", "at open", "at open for reading"])
+def test_truncating_a_file_clears_setuid_and_setgid_for_a_user_and_not_for_root(here: Path, how: str) -> None:
+    def truncate(path: Path) -> None:
+        if how == "by name":
+            os.truncate(path, 1)
+        else:
+            os.close(os.open(path, os.O_TRUNC | (os.O_WRONLY if how == "at open" else os.O_RDONLY)))
+
+    for name in ("users", "roots"):
+        touch(here / name, 0o6777, data=b"data")
+    as_alice(lambda: truncate(here / "users"))
+    truncate(here / "roots")
+    assert (mode_of(here / "users"), mode_of(here / "roots")) == (0o0777, 0o6777)
 
 
 def test_reading_keeps_setuid(here: Path) -> None:
