@@ -323,7 +323,8 @@ class FuseOperations(pyfuse3.Operations):
 
     @_answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        return self._tree.xattrs(self._tree.table.get(inode))
+        names = self._tree.xattrs(self._tree.table.get(inode))
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     @_answered
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -340,7 +341,7 @@ class FuseOperations(pyfuse3.Operations):
         answer.f_files = space.files
         answer.f_ffree = answer.f_favail = space.files_free
         answer.f_namemax = _NAME_MAX
-        return answer  # type: ignore[return-value]  # functools.wraps forgets that `self` may be given by position only
+        return answer
 
     # ---- files
 
@@ -353,12 +354,17 @@ class FuseOperations(pyfuse3.Operations):
         change = ops.MakeNode(parent_inode, name, self._host.new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
         try:
             known = await primary.change(change)
+            flags &= ~os.O_TRUNC
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
             known = self._tree.lookup(parent_inode, name)
-        handle = await self._open(known, flags, ctx.uid)
-        return handle, self._looked_up(parent_inode, name, known)
+        entry = self._looked_up(parent_inode, name, known)
+        try:
+            return await self._open(known, flags, ctx.uid), entry
+        except BaseException:
+            self._tree.table.forget(known, 1)
+            raise
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:

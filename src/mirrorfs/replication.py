@@ -156,12 +156,22 @@ class Primary:
     async def change(self, change: ops.Change, target: Known | None = None) -> Any:
         """Make a change on both nodes and return what `Tree.apply` returns for it.
 
-        `target` is the file that a change of data or attributes is for. Raises OSError as the backing store gives it,
+        A file that was made stays known until the next `await` of the caller, who tells the kernel of it before that. `target` is the file that a change of data or attributes is for. Raises OSError as the backing store gives it,
         NotPrimaryError, or FrozenError after `freeze_timeout`.
         """
         await self._admitted()
         result, sequence, failure = self._make(change, target)
-        await self._acknowledged(sequence)
+        if isinstance(result, Known):
+            result.kept += 1
+        try:
+            await self._acknowledged(sequence)
+        except BaseException:
+            if isinstance(result, Known):
+                result.kept -= 1
+                self.tree.table.drop_unused(result)
+            raise
+        if isinstance(result, Known):
+            result.kept -= 1
         if failure is not None:
             raise failure
         return result

@@ -29,7 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def place(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A fresh directory of root's on the file system under test, mode 0755."""
     chosen = os.environ.get("MIRRORFS_TEST_DIR")
-    parent = Path(chosen).resolve() if chosen else request.getfixturevalue("mirrored").one.mount
+    if chosen:
+        parent = Path(chosen).resolve()
+    else:
+        parent = request.getfixturevalue("mirrored").one.mount
+        parent.chmod(0o755)  # a laboratory's volume may be root's alone
     place = Path(tempfile.mkdtemp(prefix="posix-", dir=parent))
     place.chmod(0o755)
     assert as_alice(lambda: os.access(place, os.X_OK)), f"{place} must be reachable for every user"

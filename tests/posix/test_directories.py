@@ -22,8 +22,8 @@ from tests.posix.support import (
     touch,
 )
 
-MANY = int(os.environ.get("MIRRORFS_TEST_ENTRIES", "20000"))
-"""How many entries the large directory has; 100000 for the full test."""
+MANY = int(os.environ.get("MIRRORFS_TEST_ENTRIES", "5000"))
+"""How many entries the large directory has; MIRRORFS_TEST_ENTRIES=100000 is the full test."""
 
 
 def _fill(directory: Path, count: int) -> set[bytes]:
@@ -103,8 +103,10 @@ def test_names_removed_and_made_between_two_reads_do_not_disturb_the_others(here
 
 def test_a_listing_can_go_on_from_any_entry(here: Path) -> None:
     _fill(here, 150)
-    entries = all_entries(here, 700)
     with opened(here, os.O_RDONLY | os.O_DIRECTORY) as directory:
+        entries = []
+        while batch := getdents(directory, 700):
+            entries += batch
         for index in (100, 3, 148, 50, 0):
             os.lseek(directory, entries[index].position, os.SEEK_SET)
             assert getdents(directory, 300)[0].name == entries[index + 1].name
