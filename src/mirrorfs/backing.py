@@ -174,9 +174,10 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
         for room in ("tree", "orphans"):
             (base / room).mkdir(mode=0o700, exist_ok=True)
         if backing is None:
-            _adopt_in_place(path, base)
+            _move_entries(path, base)
         elif any(path.iterdir()):
             raise MirrorfsError(f"{path}: has files, but the files are to be in {backing}: move them to {backing / 'tree'}")
+        _take_attributes(path, base)
         _close_path(path, base)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         return Backing(base, os.open(base / "tree", flags), os.open(base / "orphans", flags), lock)
@@ -188,24 +189,36 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
         raise
 
 
-def _adopt_in_place(path: Path, base: Path) -> None:
+def _move_entries(path: Path, base: Path) -> None:
     names = [name for name in os.listdir(os.fsencode(path)) if name != HIDDEN.encode()]
-    new = not (base / "adopted").exists()
-    if names or new:
-        _open_path(path, base)
-        top = os.fsencode(path)
-        for name in names:
-            target = os.path.join(os.fsencode(base / "tree"), name)
-            if os.path.lexists(target):
-                raise MirrorfsError(f"{path}: {os.fsdecode(name)!r} stands both in it and underneath: move one of them away")
-            os.rename(os.path.join(top, name), target)
-        if new:
-            before = os.stat(path)
-            os.chown(base / "tree", before.st_uid, before.st_gid)
-            os.chmod(base / "tree", stat.S_IMODE(before.st_mode))
-            (base / "adopted").touch()
-    if names:
-        log.info("%s: adopted %d entries", path, len(names))
+    if not names:
+        return
+    _open_path(path, base)
+    for name in names:
+        target = os.path.join(os.fsencode(base / "tree"), name)
+        if os.path.lexists(target):
+            raise MirrorfsError(f"{path}: {os.fsdecode(name)!r} stands both in it and underneath: move one of them away")
+        os.rename(os.path.join(os.fsencode(path), name), target)
+    log.info("%s: adopted %d entries", path, len(names))
+
+
+def _take_attributes(path: Path, base: Path) -> None:
+    """The first time, the root of the volume gets the owner, mode, attributes and times of PATH."""
+    if (base / "adopted").exists():
+        return
+    _open_path(path, base)
+    _copy_attributes(path, base / "tree")
+    (base / "adopted").touch()
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    before = os.stat(source)
+    os.chown(target, before.st_uid, before.st_gid)
+    os.chmod(target, stat.S_IMODE(before.st_mode))
+    for name in os.listxattr(source):
+        if name != "trusted.mirrorfs":
+            os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _fs_type(path: Path) -> str:
@@ -241,11 +254,9 @@ def _release_in_place(path: Path, base: Path) -> None:
     if os.listdir(base / "orphans"):
         raise MirrorfsError(f"{base / 'orphans'}: not empty: a resync was interrupted; delete what is in it first")
     top, tree = os.fsencode(path), os.fsencode(base / "tree")
-    before = os.stat(tree)
     for name in os.listdir(tree):
         os.rename(os.path.join(tree, name), os.path.join(top, name))
-    os.chown(top, before.st_uid, before.st_gid)
-    os.chmod(top, stat.S_IMODE(before.st_mode))
+    _copy_attributes(base / "tree", path)
     os.rmdir(tree)
     os.rmdir(base / "orphans")
     for own in ("adopted", "lock"):

@@ -446,7 +446,7 @@ class FuseOperations(pyfuse3.Operations):
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
-        if start_id == 0:
+        if start_id == 0 or not listing.names:
             listing.names = [b".", b"..", *self._tree.names(listing.known)]
         for index in range(start_id, len(listing.names)):
             name = listing.names[index]

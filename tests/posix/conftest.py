@@ -7,8 +7,11 @@ are right. They need root, and every user must be able to reach the directory.
 import itertools
 import os
 import shutil
+import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from tests.posix.support import as_alice
 _numbers = itertools.count(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs root."""
     for item in items:
@@ -29,16 +33,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def place(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A fresh directory of root's on the file system under test, mode 0755."""
     chosen = os.environ.get("MIRRORFS_TEST_DIR")
-    if chosen:
-        parent = Path(chosen).resolve()
-    else:
-        parent = request.getfixturevalue("mirrored").one.mount
-        parent.chmod(0o755)  # a laboratory's volume may be root's alone
-    place = Path(tempfile.mkdtemp(prefix="posix-", dir=parent))
-    place.chmod(0o755)
-    assert as_alice(lambda: os.access(place, os.X_OK)), f"{place} must be reachable for every user"
-    yield place
-    shutil.rmtree(place)
+    with ExitStack() as undo:
+        if chosen:
+            parent = Path(chosen).resolve()
+        else:
+            parent = undo.enter_context(_reachable(request.getfixturevalue("mirrored").one.mount))
+        place = Path(tempfile.mkdtemp(prefix="posix-", dir=parent))
+        undo.callback(shutil.rmtree, place)
+        place.chmod(0o755)
+        assert as_alice(lambda: os.access(place, os.X_OK)), f"{place} must be reachable for every user"
+        yield place
+
+
+@contextmanager
+def _reachable(mount: Path) -> Iterator[Path]:
+    """Another path of the mount, for every user: pytest keeps its temporary directories, where the lab lies, to root."""
+    door = Path(tempfile.mkdtemp(prefix="mirrorfs-posix-"))
+    door.chmod(0o755)
+    subprocess.run(["mount", "--bind", mount, door], check=True)
+    mode = stat.S_IMODE(mount.stat().st_mode)
+    mount.chmod(0o755)
+    try:
+        yield door
+    finally:
+        mount.chmod(mode)
+        subprocess.run(["umount", "--lazy", door], check=True)
+        door.rmdir()
 
 
 @pytest.fixture

@@ -150,7 +150,13 @@ def heal(directory: _Directory = None) -> None:
     Lab.load(_directory(directory)).heal()
 
 
-def demo(directory: _Directory = None, as_json: _Json = False) -> None:
+_Place = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="Where to work. Default: a fresh directory below /var/tmp, removed at the end."),
+]
+
+
+def demo(directory: _Place = None, as_json: _Json = False) -> None:
     """Lose a primary under load and look for every acknowledged write; takes under a minute, needs root."""
     from mirrorfs.lab import demo as story
 
@@ -158,7 +164,7 @@ def demo(directory: _Directory = None, as_json: _Json = False) -> None:
 
 
 def bench(
-    directory: _Directory = None,
+    directory: _Place = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each workload is measured.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement runs.")] = 5.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,

@@ -1,0 +1,41 @@
+"""Pairs that a test may break: each has its own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from mirrorfs.lab.pair import Lab
+from tests.pair.support import Load
+
+
+@pytest.fixture
+def make_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Lab]]:
+    """Makes mirrored pairs with the [replication] options that are given by keyword; all are taken down after the test."""
+    with ExitStack() as stack:
+
+        def make(**options: str) -> Lab:
+            return stack.enter_context(Lab.up(tmp_path_factory.mktemp("lab"), options=options))
+
+        yield make
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    """A fresh mirrored pair, node one the primary, that misses its peer after a second of silence."""
+    return make_lab(ack_timeout="1s")
+
+
+@pytest.fixture
+def start_load(tmp_path: Path) -> Iterator[Callable[..., Load]]:
+    """Starts a writing load on a mount; whatever still writes after the test is ended."""
+    loads: list[Load] = []
+
+    def start(mount: Path, name: str = "load", seed: int = 0) -> Load:
+        loads.append(Load(mount, name, tmp_path, seed=seed))
+        return loads[-1]
+
+    yield start
+    for load in loads:
+        load.kill()

@@ -1,0 +1,233 @@
+"""What the tests of a pair share: commands as an operator gives them, new log lines, trees, small disks, a writing load."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mirrorfs.errors import ControlError
+from mirrorfs.lab.pair import Host, Lab, wait_for
+from mirrorfs.lab.trees import differences
+
+WRITER = Path(__file__).with_name("writer.py")
+WRITER_KINDS = ("append", "append-fsync", "overwrite", "names", "tree")
+
+
+def mirrorfs(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `mirrorfs ARGUMENTS` for the host's node."""
+    command = [sys.executable, "-m", "mirrorfs", *arguments, "--config", str(host.config)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/", check=False)
+
+
+def state(host: Host) -> str:
+    """The node's state in one word; empty if it does not answer."""
+    return str(status(host).get("state", ""))
+
+
+def status(host: Host) -> dict[str, Any]:
+    """The node's status; empty if it does not answer."""
+    try:
+        return host.status()
+    except ControlError:
+        return {}
+
+
+def wait_state(host: Host, *wanted: str, deadline_s: float = 30) -> None:
+    """Wait until the node is in one of the states."""
+    wait_for(lambda: state(host) in wanted, f"{host.name} is {' or '.join(wanted)}", deadline_s)
+
+
+def wait_peer_lost(host: Host) -> None:
+    """Wait until the node knows that its link has ended."""
+    wait_for(lambda: status(host).get("peer", {}).get("state") == "disconnected", f"{host.name} misses its peer")
+
+
+def other(lab: Lab, host: Host) -> Host:
+    """The host's peer."""
+    return lab.two if host is lab.one else lab.one
+
+
+def tree_differences(lab: Lab) -> list[str]:
+    """How the two backing trees differ once the modification times are settled; the pair is mirrored."""
+    primary = lab.primary()
+    assert primary is not None
+    wait_for(lambda: bool(status(primary).get("settled")), "modification times are settled")
+    # The last of them is on the stream by then, but nobody waits for it: a change that is acknowledged comes after it.
+    probe = primary.mount / ".settled"
+    probe.touch()
+    probe.unlink()
+    found: list[str] = []
+
+    def equal() -> bool:
+        found[:] = differences(lab.one.backing, lab.two.backing)
+        return not found
+
+    end = time.monotonic() + 5
+    while not equal() and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+class NewLines:
+    """The lines that a node's log has gained since this was made."""
+
+    def __init__(self, host: Host) -> None:
+        self._log = host.log
+        self._start = self._log.stat().st_size
+
+    def __call__(self) -> list[str]:
+        """Those lines, as they are now."""
+        with open(self._log, errors="replace") as log:
+            log.seek(self._start)
+            return log.read().splitlines()
+
+    def wait(self, condition: Callable[[str], bool], what: str) -> str:
+        """Wait for a line that fulfils the condition, and return it."""
+        wait_for(lambda: any(map(condition, self())), f"a log line: {what}")
+        return next(line for line in self() if condition(line))
+
+
+@contextmanager
+def small_disk(lab: Lab, host: Host, image: Path, size_bytes: int) -> Iterator[None]:
+    """Give a host of a lab that is not started yet a disk of its own of that size, until the block ends (lab down before)."""
+    with open(image, "wb") as file:
+        file.truncate(size_bytes)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run(["umount", host.under], check=True)
+    subprocess.run(["mount", "-o", "loop", image, host.mount], check=True)
+    (host.mount / "lost+found").rmdir()  # files of an unknown volume would have to be discarded
+    subprocess.run(["mount", "--bind", host.mount, host.under], check=True)
+    subprocess.run(["mount", "--make-private", host.under], check=True)
+    try:
+        yield
+    finally:
+        lab.down()
+        image.unlink()
+
+
+def start_mirrored(lab: Lab) -> None:
+    """Start both nodes of a lab that was only created, node one as the primary."""
+    for host in lab.hosts.values():
+        host.start()
+    lab.one.promote(yes=True)
+    lab.wait_mirrored()
+
+
+class Load:
+    """Several processes that write below a directory of a mount, each noting outside of it what was acknowledged."""
+
+    def __init__(self, mount: Path, name: str, notes: Path, *, seed: int = 0) -> None:
+        self.name = name
+        self.notes = {kind: notes / f"{name}-{kind}" for kind in WRITER_KINDS}
+        (mount / name).mkdir()
+        self._writers = []
+        for kind, file in self.notes.items():
+            file.touch()
+            command = [sys.executable, str(WRITER), kind, str(mount / name), str(file), str(seed)]
+            self._writers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+
+    def noted(self) -> int:
+        """How many notes have been made."""
+        return sum(file.read_bytes().count(b"\n") for file in self.notes.values())
+
+    def wait_noted(self, more: int, deadline_s: float = 60) -> None:
+        """Wait until every writer has begun and so many more notes were made."""
+        goal = self.noted() + more
+        wait_for(
+            lambda: self.noted() >= goal and all(file.stat().st_size for file in self.notes.values()),
+            f"{more} changes are acknowledged under load",
+            deadline_s,
+        )
+
+    def ended(self) -> list[str]:
+        """Wait until every writer has stopped by itself, and return the error that each ended with (none: empty)."""
+        return [writer.communicate(timeout=60)[1].strip() for writer in self._writers]
+
+    def stop(self) -> list[str]:
+        """Tell the writers to stop after their present change; the errors that they ended with."""
+        for writer in self._writers:
+            writer.terminate()
+        return self.ended()
+
+    def kill(self) -> None:
+        """End the writers whatever they do, at the end of a test that failed."""
+        for writer in self._writers:
+            writer.kill()
+            writer.wait()
+
+    def longest_stall_s(self) -> float:
+        """The longest time that one writer waited between two notes, in seconds."""
+        longest = 0.0
+        for file in self.notes.values():
+            moments = [json.loads(line)["at"] for line in file.read_text().splitlines()]
+            longest = max([longest, *(after - before for before, after in zip(moments, moments[1:], strict=False))])
+        return longest
+
+    def missing(self, mount: Path) -> list[str]:
+        """What was acknowledged and cannot be found below the mount: one readable line each."""
+        lost: list[str] = []
+        for kind, file in self.notes.items():
+            notes = [json.loads(line) for line in file.read_text().splitlines()]
+            lost += [f"{kind}: {text}" for text in _MISSING[kind](mount / self.name, notes)]
+        return lost
+
+
+def _missing_appended(directory: Path, notes: list[dict[str, Any]], name: str) -> Iterator[str]:
+    there = (directory / name).read_bytes() if notes else b""
+    for note in notes:
+        record = b"%011d\n" % note["record"]
+        at = note["record"] * len(record)
+        if there[at : at + len(record)] != record:
+            yield f"record {note['record']} of {name}"
+            return
+
+
+def _missing_overwritten(directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]:
+    newest: dict[int, int] = {note["slot"]: note["value"] for note in notes}
+    there = (directory / "overwrite").read_bytes() if notes else b""
+    for slot, value in newest.items():
+        found = there[slot * 4096 : (slot + 1) * 4096]
+        # What was not acknowledged may be there as well: one more value at most.
+        values = {found[at : at + 8] for at in range(0, 4096, 8)}
+        if len(values) != 1 or int.from_bytes(found[:8], "little") < value:
+            yield f"value {value} in slot {slot}"
+
+
+def _missing_names(directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]:
+    unknown = {note["name"] for note in notes if note["what"] == "removing"}
+    removed = {note["name"] for note in notes if note["what"] == "removed"}
+    for note in notes:
+        name = note["name"]
+        path = directory / name
+        if note["what"] == "renamed" and name not in unknown and (not path.exists() or path.read_text() != name * 50):
+            yield f"{name} after it was renamed to that"
+    for name in removed:
+        if (directory / name).exists():
+            yield f"the removal of {name}"
+
+
+def _missing_tree(directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]:
+    for note in notes:
+        path = directory / note["path"]
+        if not path.is_symlink() or os.readlink(path) != note["path"]:
+            yield f"the link {note['path']}"
+
+
+_MISSING: dict[str, Callable[[Path, list[dict[str, Any]]], Iterator[str]]] = {
+    "append": lambda directory, notes: _missing_appended(directory, notes, "append"),
+    "append-fsync": lambda directory, notes: _missing_appended(directory, notes, "append-fsync"),
+    "overwrite": _missing_overwritten,
+    "names": _missing_names,
+    "tree": _missing_tree,
+}
+
+
+def seeded(*what: object) -> random.Random:
+    """A source of chance that is the same in every run."""
+    return random.Random(repr(what))

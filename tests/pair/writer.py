@@ -1,0 +1,97 @@
+"""One process of a writing load: changes files below a directory and notes, outside of it, every change that was acknowledged.
+
+`python writer.py KIND DIRECTORY NOTES SEED` runs until SIGTERM or until a change fails, and says then on stderr which error.
+"""
+
+import errno
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Notes = Iterator[dict[str, Any]]
+
+
+def append(directory: Path, *, sync: bool) -> Notes:
+    """Numbered records of twelve bytes, one write each."""
+    name = "append-fsync" if sync else "append"
+    descriptor = os.open(directory / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for record in range(10**9):
+        os.write(descriptor, b"%011d\n" % record)
+        if sync:
+            os.fsync(descriptor)
+        yield {"record": record}
+
+
+def overwrite(directory: Path, chance: random.Random) -> Notes:
+    """Growing values in sixteen blocks of one file, each block filled with its value."""
+    descriptor = os.open(directory / "overwrite", os.O_RDWR | os.O_CREAT, 0o644)
+    for value in range(1, 10**9):
+        slot = chance.randrange(16)
+        os.pwrite(descriptor, value.to_bytes(8, "little") * 512, slot * 4096)
+        yield {"slot": slot, "value": value}
+
+
+def names(directory: Path, chance: random.Random) -> Notes:
+    """Files that are written under one name and renamed to another; some are removed again."""
+    there: list[str] = []
+    for number in range(10**9):
+        name = f"name-{number}"
+        temporary = directory / f"{name}.new"
+        temporary.write_text(name * 50)
+        temporary.rename(directory / name)
+        yield {"what": "renamed", "name": name}
+        there.append(name)
+        if len(there) > 20:
+            victim = there.pop(chance.randrange(len(there)))
+            yield {"what": "removing", "name": victim}
+            (directory / victim).unlink()
+            yield {"what": "removed", "name": victim}
+
+
+def tree(directory: Path) -> Notes:
+    """Directories in directories, a symbolic link in each."""
+    path = Path("tree")
+    for number in range(10**9):
+        path = path / f"{number}" if number % 8 else Path(f"tree-{number}")
+        (directory / path).mkdir()
+        link = path / "link"
+        (directory / link).symlink_to(link)
+        yield {"path": str(link)}
+
+
+def main() -> None:
+    """Write and note until told to stop, or until something fails."""
+    kind, directory, notes, seed = sys.argv[1:]
+    chance = random.Random(f"{seed} {kind}")
+    chosen = {
+        "append": lambda: append(Path(directory), sync=False),
+        "append-fsync": lambda: append(Path(directory), sync=True),
+        "overwrite": lambda: overwrite(Path(directory), chance),
+        "names": lambda: names(Path(directory), chance),
+        "tree": lambda: tree(Path(directory)),
+    }[kind]
+    stopping = False
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    out = os.open(notes, os.O_WRONLY | os.O_APPEND)
+    try:
+        for note in chosen():
+            os.write(out, json.dumps(note | {"at": time.monotonic()}).encode() + b"\n")
+            if stopping:
+                return
+    except OSError as error:
+        sys.exit(errno.errorcode.get(error.errno or 0, str(error)))
+
+
+if __name__ == "__main__":
+    main()
