@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,11 +134,9 @@ def mount(
         loaded = configuration.with_backing(loaded, backing)
     _configure_logging()
 
-    import trio
+    from mirrorfs.daemon import run
 
-    from mirrorfs.node import run
-
-    trio.run(partial(run, loaded, path.absolute(), discard_local_data=discard_local_data))
+    run(loaded, path, discard_local_data=discard_local_data)
 
 
 @app.command()

@@ -1,14 +1,15 @@
-"""What a node must still know after a crash: its record of epochs, in one small file that is replaced as a whole.
+"""What a node must still know after a crash: its record of epochs, and which file ids it may have used.
 
-The file is never changed in place: a new one is written beside it, synced, renamed over it, and the directory synced. So a
-crash at any instant leaves the old record or the new one. docs/JOURNAL.md describes the bytes.
+Two small files. They are never changed in place: a new one is written beside it, synced, renamed over it, and the directory synced. So a
+crash at any instant leaves the old content or the new one. docs/JOURNAL.md describes the bytes.
 """
 
+import errno
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from zlib import crc32
 
 import msgpack
@@ -26,74 +27,113 @@ def _no_fault(label: str) -> None:
     """In production nothing happens at a label."""
 
 
-class Journal:
-    """The durable record of one node, in `directory`.
+class SafeFile:
+    """A small file whose content is replaced as a whole; `at` is called with a label just before each disk call."""
 
-    `at` is called with the label of every disk call just before it, so that a test can fail it or kill the process there.
-    The methods block on the disk: call them from a worker thread. Not thread-safe; the node saves one record at a time.
-    """
-
-    def __init__(self, directory: Path, *, at: Callable[[str], None] = _no_fault) -> None:
-        self._directory = directory
-        self._file = directory / "record"
+    def __init__(self, path: Path, at: Callable[[str], None]) -> None:
+        self.path = path
         self._at = at
 
-    @property
-    def file(self) -> Path:
-        """Where the record stands."""
-        return self._file
-
-    def load(self) -> epochs.Record:
-        """The record as last saved, or an empty one for a new node; JournalError if it is damaged or of a newer version."""
+    def load(self) -> Any:
+        """The content as last saved, None if there is none; JournalError if it is damaged or of a newer version."""
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(self._file, "rb") as stream:
+            with open(self.path, "rb") as stream:
                 data = stream.read(_MAX_SIZE)
         except FileNotFoundError:
-            return epochs.Record()
+            return None
         except OSError as error:
-            raise JournalError(f"{self._file}: cannot be read: {error.strerror}") from error
+            raise JournalError(f"{self.path}: cannot be read: {error.strerror}") from error
         if len(data) < _HEAD.size or not data.startswith(MAGIC):
-            raise JournalError(f"{self._file}: damaged: it does not begin as a record does. {_ADVICE}")
+            raise JournalError(f"{self.path}: damaged: it does not begin as it should. {_ADVICE}")
         _, version, _, length, checksum = _HEAD.unpack_from(data)
         if version > VERSION:
             raise JournalError(
-                f"{self._file}: written by a newer mirrorfs (format {version}, this one reads up to {VERSION}): "
+                f"{self.path}: written by a newer mirrorfs (format {version}, this one reads up to {VERSION}): "
                 "install that version again"
             )
         body = data[_HEAD.size :]
         if len(body) != length or crc32(body) != checksum:
-            raise JournalError(f"{self._file}: damaged: its checksum is wrong. {_ADVICE}")
+            raise JournalError(f"{self.path}: damaged: its checksum is wrong. {_ADVICE}")
         try:
-            return epochs.unpack_record(msgpack.unpackb(body))
-        except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
-            raise JournalError(f"{self._file}: damaged: {error!r}. {_ADVICE}") from error
+            return msgpack.unpackb(body)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise JournalError(f"{self.path}: damaged: {error!r}. {_ADVICE}") from error
 
-    def save(self, record: epochs.Record) -> None:
-        """Make `record` durable; JournalError if it is not, and then the old one stands or the new one: the node must end."""
-        body = msgpack.packb(epochs.pack_record(record))
+    def save(self, content: object) -> None:
+        """Make `content` durable; JournalError if it is not, and then the old content stands or the new."""
+        body = msgpack.packb(content)
         data = _HEAD.pack(MAGIC, VERSION, 0, len(body), crc32(body)) + body
-        fresh = self._directory / "record.new"
+        name = self.path.name
+        fresh = self.path.with_name(f"{name}.new")
         try:
-            self._at("record:open")
+            self._at(f"{name}:open")
             with open(fresh, "wb", buffering=0) as stream:
-                self._at("record:write")
-                stream.write(data)
-                self._at("record:fsync")
+                self._at(f"{name}:write")
+                if stream.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._at(f"{name}:fsync")
                 os.fsync(stream.fileno())
-            self._at("record:rename")
-            os.rename(fresh, self._file)
-            self._at("record:fsync-directory")
-            descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            self._at(f"{name}:rename")
+            os.rename(fresh, self.path)
+            self._at(f"{name}:fsync-directory")
+            descriptor = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise JournalError(
-                f"{self._file}: cannot be written: {error.strerror}. This node stops; make room or mend the disk, then "
+                f"{self.path}: cannot be written: {error.strerror}. This node stops; make room or mend the disk, then "
                 "start it again"
             ) from error
+
+
+class Journal:
+    """The durable state of one node, in `directory`: the record of epochs, and how many file ids may have been used.
+
+    `at` is called with the label of every disk call just before it, so that a test can fail it or kill the process there.
+    The methods block on the disk: call them from a worker thread. The two files may be saved at the same time, each by one
+    thread at a time.
+    """
+
+    def __init__(self, directory: Path, *, at: Callable[[str], None] = _no_fault) -> None:
+        self._directory = directory
+        self._record = SafeFile(directory / "record", at)
+        self._ids = SafeFile(directory / "ids", at)
+
+    @property
+    def file(self) -> Path:
+        """Where the record stands."""
+        return self._record.path
+
+    def load(self) -> epochs.Record:
+        """The record as last saved, or an empty one for a new node; JournalError if it is damaged or of a newer version."""
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise JournalError(f"{self._directory}: cannot be made: {error.strerror}") from error
+        content = self._record.load()
+        if content is None:
+            return epochs.Record()
+        try:
+            return epochs.unpack_record(content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise JournalError(f"{self.file}: damaged: {error!r}. {_ADVICE}") from error
+
+    def save(self, record: epochs.Record) -> None:
+        """Make `record` durable; JournalError if it is not, and then the old one stands or the new one: the node must end."""
+        self._record.save(epochs.pack_record(record))
+
+    def load_ids(self) -> int:
+        """Counters of file ids below this one may have been used."""
+        content = self._ids.load()
+        if content is not None and not isinstance(content, int):
+            raise JournalError(f"{self._ids.path}: damaged: it holds no number. {_ADVICE}")
+        return content or 0
+
+    def save_ids(self, reserved: int) -> None:
+        """Make it durable that counters below `reserved` may be used."""
+        self._ids.save(reserved)
 
 
 _ADVICE = (

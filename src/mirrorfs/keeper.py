@@ -1,8 +1,10 @@
 """The node's record in memory and on disk, kept the same: nothing counts before it is durable."""
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -10,6 +12,7 @@ import trio
 
 from mirrorfs.core import ids
 from mirrorfs.core.epochs import Epoch, Member, Record, Standing
+from mirrorfs.errors import JournalError
 from mirrorfs.journal import Journal
 
 _RESERVE_AHEAD: Final = ids.BLOCK // 4
@@ -22,25 +25,42 @@ def boot_id() -> str:
 
 
 class Keeper:
-    """Changes the record, one change at a time; each returns when it is on stable storage."""
+    """Changes the record, one change at a time; each returns when it is on stable storage.
+
+    `failed` is called, in any thread, when the disk would not take it: what cannot be recorded must not be done, so the
+    node has to end.
+    """
 
     def __init__(self, journal: Journal, node: str, node_bit: int) -> None:
         self._journal = journal
         self._node = node
         self._node_bit = node_bit
         self._saving = trio.Lock()
+        self.failed: Callable[[JournalError], None] = lambda error: None
         self.boot = boot_id()
         self.record = journal.load()
-        self._next_counter = self._end_counter = 0
-        self._id_epoch = -1
+        self._ids_lock = threading.Lock()
+        self._reserved = self._end_counter = self._next_counter = journal.load_ids()
 
     async def _save(self, change: Callable[[Record], Record]) -> None:
         async with self._saving:
             fresh = change(self.record)
             if fresh != self.record:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._journal.save, fresh)
+                    await trio.to_thread.run_sync(self._write, fresh)
                 self.record = fresh
+
+    def _write(self, fresh: Record) -> None:
+        with self._reported():
+            self._journal.save(fresh)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except JournalError as error:
+            self.failed(error)
+            raise
 
     async def begin(
         self,
@@ -50,13 +70,15 @@ class Keeper:
         forced: bool = False,
         wrote: bool = False,
         volume_id: str = "",
+        standing: Standing = Standing.IN_SYNC,
+        reason: str = "",
     ) -> Epoch:
         """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment."""
 
         def change(record: Record) -> Record:
             number = record.epoch.number + 1 if record.epoch else 1
             epoch = Epoch(number, os.urandom(8).hex(), primary, in_sync, forced, time.time())
-            fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch)
+            fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch, standing=standing, reason=reason)
             return replace(fresh, wrote=fresh.wrote | {epoch.tag}) if wrote else fresh
 
         await self._save(change)
@@ -104,24 +126,19 @@ class Keeper:
         epoch = self.record.epoch
         assert epoch is not None
         if self._next_counter == self._end_counter:
-            fresh = replace(self.record, ids_reserved=self.record.ids_reserved + ids.BLOCK)
-            self._journal.save(fresh)
-            self._take(fresh)
+            self._reserve()
         counter, self._next_counter = self._next_counter, self._next_counter + 1
         return ids.make(epoch.number, self._node_bit, counter)
 
     async def reserve_ahead(self) -> None:
         """Reserve the next block before it is needed, so that `new_id` need not wait for the disk."""
-        if self._end_counter - self._next_counter >= _RESERVE_AHEAD:
-            return
-        async with self._saving:
-            fresh = replace(self.record, ids_reserved=self.record.ids_reserved + ids.BLOCK)
+        if self._end_counter - self._next_counter < _RESERVE_AHEAD:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._journal.save, fresh)
-            self._take(fresh)
+                await trio.to_thread.run_sync(self._reserve)
 
-    def _take(self, fresh: Record) -> None:
-        if self._next_counter == self._end_counter:
-            self._next_counter = fresh.ids_reserved - ids.BLOCK
-        self._end_counter = fresh.ids_reserved
-        self.record = fresh
+    def _reserve(self) -> None:
+        """Any thread: the lock makes the number on disk never go back."""
+        with self._ids_lock, self._reported():
+            reserved = self._reserved + ids.BLOCK
+            self._journal.save_ids(reserved)
+            self._reserved = self._end_counter = reserved

@@ -99,6 +99,12 @@ class Stream:
             del self._flushes[sequence]
         return result == [0]
 
+    async def drained(self) -> bool:
+        """Wait until the peer has applied, and synced, everything that was sent; False if the link was lost before."""
+        for event, _ in list(self._flushes.values()):
+            await event.wait()
+        return await self.applied(self.sent) and not self.broken
+
     def on_ack(self, sequence: int) -> None:
         """The peer has applied everything up to `sequence`."""
         self.acknowledged = sequence
@@ -156,7 +162,8 @@ class Primary:
     async def change(self, change: ops.Change, target: Known | None = None) -> Any:
         """Make a change on both nodes and return what `Tree.apply` returns for it.
 
-        A file that was made stays known until the next `await` of the caller, who tells the kernel of it before that. `target` is the file that a change of data or attributes is for. Raises OSError as the backing store gives it,
+        A file that was made stays known until the next `await` of the caller, who tells the kernel of it before that.
+        `target` is the file that a change of data or attributes is for. Raises OSError as the backing store gives it,
         NotPrimaryError, or FrozenError after `freeze_timeout`.
         """
         await self._admitted()
@@ -464,13 +471,14 @@ class Primary:
 
     async def peer_lost(self, reason: str) -> None:
         """The link to the peer has ended."""
+        counted = self.copier is None  # an acknowledgement needed the peer's
         stream, self.stream, self.copier = self.stream, None, None
         self._flush_both = False
         self._introduced.clear()
         if stream is not None:
             pending = stream.sent > stream.acknowledged
             stream.end()
-            if self.mode is Mode.MIRRORED:
+            if counted and self.mode is not Mode.ENDED:
                 await self._go_on_without(reason, pending)
                 return
         epoch = self.keeper.record.epoch
@@ -490,12 +498,12 @@ class Primary:
             self.enter(Mode.ALONE)
 
     async def drain(self) -> bool:
-        """Freeze, and wait until the peer has applied everything; False if it was lost meanwhile."""
+        """Freeze, and wait until the peer has everything; False if it was lost meanwhile."""
         stream = self.stream
         assert stream is not None
         self.settle_all()
         self.enter(Mode.FROZEN)
-        return await stream.applied(stream.sent)
+        return await stream.drained()
 
     def on_frame(self, frame: Frame) -> bool:
         """Take in what the peer says about the stream; False if the frame is not about that."""

@@ -237,11 +237,20 @@ class Table:
                 known.synced = known.version
             synced = [known for known in self._idle.values() if not known.gone][:wanted]
         for known in synced:
-            self._remember(known)
-            os.close(known.data)
-            known.data = -1
-            del self._idle[known.id]
-            self.drop_unused(known)
+            self._close_data(known)
+
+    def close_idle(self) -> None:
+        """Close the data of all files that nobody has open, synced or not: what is deleted from here on leaves its room."""
+        for known in [known for known in self._idle.values() if not known.gone]:
+            known.synced = known.version
+            self._close_data(known)
+
+    def _close_data(self, known: Known) -> None:
+        self._remember(known)
+        os.close(known.data)
+        known.data = -1
+        del self._idle[known.id]
+        self.drop_unused(known)
 
     def _close_a_path(self) -> None:
         for _ in range(len(self._paths)):

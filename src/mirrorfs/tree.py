@@ -335,6 +335,9 @@ class Tree:
 
     def _set_times(self, known: Known, atime_ns: int | None, mtime_ns: int | None) -> None:
         status = self.stat(known)
+        if status.st_nlink == 0 and not known.gone:
+            # Somebody deleted it underneath; a write to a file that is held open would never notice.
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         times = (
             status.st_atime_ns if atime_ns is None else atime_ns,
             status.st_mtime_ns if mtime_ns is None else mtime_ns,

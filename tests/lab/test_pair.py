@@ -1,5 +1,6 @@
 """The lab with real nodes: what its commands do to them, and what they clear."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,6 +43,13 @@ def mounts_below(directory: Path) -> list[str]:
     return [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {directory}/" in line]
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty: it has ended, and waits to be reaped
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def is_equal(lab: Lab) -> bool:
     try:
         return not trees.differences(lab.one.backing, lab.two.backing)
@@ -62,8 +70,8 @@ def test_up_as_json_shows_the_primary_first_and_down_leaves_nothing(tmp_path: Pa
             assert (Path("/run/netns") / node["netns"]).exists()
             assert os.path.ismount(node["mount"])
             assert Path(node["config"]).is_file()
-            assert all(Path(f"/proc/{pid}").exists() for pid in node["pids"])
             assert node["pids"]
+            assert all(map(is_running, node["pids"]))
         Path(primary["mount"], "file").write_bytes(b"mirrored")
         for node in shown["nodes"]:
             assert Path(node["backing"], "file").read_bytes() == b"mirrored"
@@ -76,19 +84,22 @@ def test_up_as_json_shows_the_primary_first_and_down_leaves_nothing(tmp_path: Pa
     assert not directory.exists()
     assert mounts_below(directory) == []
     assert not any((Path("/run/netns") / node["netns"]).exists() for node in shown["nodes"])
-    assert not any(Path(f"/proc/{pid}").exists() for node in shown["nodes"] for pid in node["pids"])
+    assert not any(is_running(pid) for node in shown["nodes"] for pid in node["pids"])
     assert command("down", directory=directory).returncode == 0
 
 
 def test_up_makes_a_fresh_pair_where_one_was_killed_with_all_its_mounts_dead(lab: Lab) -> None:
     (lab.one.mount / "file").touch()
-    # Open, so that the dead mount is busy as well.
-    with (lab.two.mount / "file").open():
-        before = [pid for host in lab.hosts.values() for pid in host.pids()]
+    before = [pid for host in lab.hosts.values() for pid in host.pids()]
+    held = os.open(lab.two.mount / "file", os.O_RDONLY)  # the dead mount is busy as well
+    try:
         processes.kill(processes.find_all(before))
         with pytest.raises(OSError, match="not connected"):
             os.listdir(lab.one.mount)
         again = Lab.up(lab.dir)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(held)
     assert again.is_mirrored()
     assert os.listdir(again.one.mount) == os.listdir(again.two.mount) == []
     assert len([mount for mount in mounts_below(lab.dir) if mount.endswith("/data")]) == 2
@@ -101,7 +112,7 @@ def test_up_replaces_a_pair_that_runs(lab: Lab) -> None:
     again = Lab.up(lab.dir)
     assert again.is_mirrored()
     assert os.listdir(again.one.mount) == []
-    assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+    assert not any(map(is_running, before))
 
 
 def test_a_killed_standby_is_missed_and_comes_back_in_sync(lab: Lab) -> None:

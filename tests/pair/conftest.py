@@ -16,7 +16,9 @@ def make_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     with ExitStack() as stack:
 
         def make(**options: str) -> Lab:
-            return stack.enter_context(Lab.up(tmp_path_factory.mktemp("lab"), options=options))
+            directory = tmp_path_factory.mktemp("lab")
+            stack.callback(Lab(directory).down)  # a lab that does not come up leaves its files, some of them immutable
+            return Lab.up(directory, options=options)
 
         yield make
 

@@ -58,16 +58,13 @@ def tree_differences(lab: Lab) -> list[str]:
     primary = lab.primary()
     assert primary is not None
     wait_for(lambda: bool(status(primary).get("settled")), "modification times are settled")
-    # The last of them is on the stream by then, but nobody waits for it: a change that is acknowledged comes after it.
-    probe = primary.mount / ".settled"
-    probe.touch()
-    probe.unlink()
     found: list[str] = []
 
     def equal() -> bool:
         found[:] = differences(lab.one.backing, lab.two.backing)
         return not found
 
+    # The last of them is on the stream by then, but nobody waits for it to arrive.
     end = time.monotonic() + 5
     while not equal() and time.monotonic() < end:
         time.sleep(0.05)
@@ -126,7 +123,7 @@ class Load:
         self.name = name
         self.notes = {kind: notes / f"{name}-{kind}" for kind in WRITER_KINDS}
         (mount / name).mkdir()
-        self._writers = []
+        self._writers: list[subprocess.Popen[str]] = []
         for kind, file in self.notes.items():
             file.touch()
             command = [sys.executable, str(WRITER), kind, str(mount / name), str(file), str(seed)]
@@ -147,7 +144,9 @@ class Load:
 
     def ended(self) -> list[str]:
         """Wait until every writer has stopped by itself, and return the error that each ended with (none: empty)."""
-        return [writer.communicate(timeout=60)[1].strip() for writer in self._writers]
+        errors = [writer.communicate(timeout=60)[1].strip() for writer in self._writers]
+        self._writers.clear()
+        return errors
 
     def stop(self) -> list[str]:
         """Tell the writers to stop after their present change; the errors that they ended with."""
@@ -159,7 +158,7 @@ class Load:
         """End the writers whatever they do, at the end of a test that failed."""
         for writer in self._writers:
             writer.kill()
-            writer.wait()
+            writer.communicate()
 
     def longest_stall_s(self) -> float:
         """The longest time that one writer waited between two notes, in seconds."""

@@ -62,7 +62,6 @@ class Record:
     wrote: frozenset[str] = frozenset()
     standing: Standing = Standing.IN_SYNC
     reason: str = ""
-    ids_reserved: int = 0
 
     @property
     def epoch(self) -> Epoch | None:
@@ -318,7 +317,6 @@ def pack_record(record: Record) -> dict[str, Any]:
         "wrote": sorted(record.wrote),
         "standing": record.standing.value,
         "reason": record.reason,
-        "ids_reserved": record.ids_reserved,
     }
 
 
@@ -340,7 +338,6 @@ def unpack_record(data: dict[str, Any]) -> Record:
         wrote=frozenset(data["wrote"]),
         standing=Standing(data["standing"]),
         reason=str(data["reason"]),
-        ids_reserved=int(data["ids_reserved"]),
     )
 
 

@@ -188,7 +188,8 @@ def _alone(directory: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _mirrored(directory: Path) -> Iterator[Path]:
     """The primary's mount of a pair; MirrorfsError if it was not mirrored all the time."""
-    with Lab.up(directory) as lab:
+    with Lab(directory) as lab:  # taken down even if it does not come up
+        Lab.up(directory)
         epoch = lab.one.status()["epoch"]
         yield lab.one.mount
         status = lab.one.status()

@@ -136,7 +136,7 @@ class Postgresql(Database):
             raise MirrorfsError(f"{host.mount} cannot be reached by user {_USER}: choose another directory with --dir")
         cluster.mkdir(mode=0o700)
         shutil.chown(cluster, _USER, _USER)
-        # Its own fsyncs are left out at this point only: they are what `sync` of a finished cluster would be.
+        # Without sync, which takes long and is of use only if the power fails before the first checkpoint.
         made = host.run(
             *_as_postgres(str(self._programs / "initdb"), "-D", str(cluster), "-A", "trust", "--locale=C.UTF-8"),
             "--no-sync",

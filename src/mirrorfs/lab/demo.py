@@ -52,7 +52,8 @@ class _Story:
 
     def play(self, place: Path) -> None:
         self._tell("two hosts are made out of network namespaces, with a mirrorfs node on each")
-        with Lab.up(place) as lab:
+        with Lab(place) as lab:  # taken down even if it does not come up
+            Lab.up(place)
             self._tell("node one is the primary and two its standby: a write returns when both nodes have it")
             self._create(lab.one)
             died_at = self._lose(lab)

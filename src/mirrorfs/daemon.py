@@ -1,0 +1,137 @@
+"""The composition root of `mirrorfs mount`: the lock, the mount, the control socket, signals, and a `Node` between them."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from mirrorfs import backing, control, session
+from mirrorfs.config import Config
+from mirrorfs.errors import MirrorfsError, UsageError
+from mirrorfs.journal import Journal
+from mirrorfs.keeper import Keeper
+from mirrorfs.node import Node
+from mirrorfs.status import describe
+
+log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """One process from mount to unmount."""
+
+    def __init__(self, config: Config, path: Path, under: backing.Backing, keeper: Keeper) -> None:
+        self._config = config
+        self._path = path
+        self._under = under
+        self._keeper = keeper
+        self._stop = trio.Event()
+        self._failure: MirrorfsError | None = None
+        self._node: Node | None = None
+
+    async def run(self, *, discard_local_data: bool) -> None:
+        """Serve until unmounted or told to stop; raises the MirrorfsError that made it end."""
+        token = trio.lowlevel.current_trio_token()
+        self._keeper.failed = lambda error: token.run_sync_soon(self._fail, error)
+        async with trio.open_nursery() as nursery:
+            node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
+            self._node = node
+            session.mount(node.operations, self._path, self._config.volume)
+            try:
+                nursery.start_soon(self._serve_mount)
+                await nursery.start(control.serve, self._config.node.control, self._on_command)
+                nursery.start_soon(self._stop_on_signal)
+                await node.begin(nursery)
+                _notify_systemd("READY=1")
+                await self._stop.wait()
+                _notify_systemd("STOPPING=1")
+                await node.finish()
+                nursery.cancel_scope.cancel()
+            finally:
+                # Requests that still wait are answered by the kernel once nothing is mounted any more.
+                backing.detach_mount(self._path)
+                session.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, error: MirrorfsError) -> None:
+        """The node's durable state cannot be written: nothing may be promised any more."""
+        self._failure = self._failure or error
+        self._stop.set()
+
+    async def _serve_mount(self) -> None:
+        await session.serve()
+        self._stop.set()
+
+    async def _stop_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                log.info("asked to stop")
+                await trio.to_thread.run_sync(backing.detach_mount, self._path)
+                self._stop.set()
+
+    async def _on_command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Answer a command from the control socket."""
+        node = self._node
+        assert node is not None
+        match command:
+            case "status":
+                return describe(node)
+            case "promote":
+                return {
+                    "message": await node.promotion.promote(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
+                }
+            case "demote":
+                return {"message": await node.promotion.demote(force=bool(arguments.get("force")))}
+            case "unmount":
+                return {"message": await self._unmount(node)}
+            case _:
+                raise UsageError(f"this node does not know the command {command!r}: is it of another version?")
+
+    async def _unmount(self, node: Node) -> str:
+        """End cleanly: nobody may have a file open."""
+        if node.primary is not None:
+            node.primary.settle_all()
+        try:
+            await trio.to_thread.run_sync(backing.unmount, self._path)
+        except OSError as error:
+            raise MirrorfsError(
+                f"{self._path}: cannot be unmounted: {error.strerror}: `fuser -m {self._path}` shows who uses it"
+            ) from error
+        self._stop.set()
+        return f"{self._path} is unmounted"
+
+
+def _notify_systemd(state: str) -> None:
+    """sd_notify(3), where systemd waits for it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+        sender.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def run(config: Config, path: Path, *, discard_local_data: bool) -> None:
+    """`mirrorfs mount`: everything from the lock to the unmount. Raises MirrorfsError for what a person can mend."""
+    os.umask(0)
+    path = path.absolute()
+    state = config.node.state_dir
+    if path == state or path in state.parents:
+        raise MirrorfsError(
+            f"{config.file}: nodes.{config.node.name}.state_dir: {state} lies on the mount {path}: put it elsewhere"
+        )
+    under = backing.adopt(path, config.node.backing)
+    try:
+        trio.run(_run, config, path, under, discard_local_data)
+    finally:
+        under.close()
+
+
+async def _run(config: Config, path: Path, under: backing.Backing, discard_local_data: bool) -> None:
+    names = sorted(node.name for node in (config.node, config.peer) if node is not None)
+    keeper = Keeper(Journal(config.node.state_dir), config.node.name, names.index(config.node.name))
+    await Daemon(config, path, under, keeper).run(discard_local_data=discard_local_data)

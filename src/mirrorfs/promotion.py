@@ -1,0 +1,170 @@
+"""Moving the primary's role by hand: promote, demote, and the handover between two nodes that are in sync."""
+
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from mirrorfs.core import epochs
+from mirrorfs.core.epochs import Member, Standing
+from mirrorfs.core.wire import Kind
+from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, ProtocolError, RefusedError
+from mirrorfs.peer import Link
+from mirrorfs.replication import Mode
+from mirrorfs.standby import Standby
+
+if TYPE_CHECKING:
+    from mirrorfs.node import Node
+
+log = logging.getLogger(__name__)
+
+_HANDOVER_S: Final = 10.0
+
+
+class Promotion:
+    """The moves of one node's role; one at a time."""
+
+    def __init__(self, node: "Node") -> None:
+        self._node = node
+        self.lock = trio.Lock()
+
+    async def hand_over_when_asked(self) -> None:
+        """The standby wants the role; a refusal is told to it."""
+        try:
+            await self.hand_over()
+        except MirrorfsError as error:
+            log.warning("not handed over: %s", error)
+            if self._node.link is not None:
+                self._node.link.send_message(Kind.REFUSED, str(error))
+
+    async def hand_over(self, *, disk_failure: str = "") -> None:
+        """Give the role to the in-sync peer: drained, durable, told. Afterwards this node follows.
+
+        After a `disk_failure` it does not: it is outdated, and out of the in-sync set.
+        """
+        node = self._node
+        async with self.lock:
+            primary, link, peer = node.primary, node.link, node.peer
+            if primary is None or link is None or peer is None or not node.peer_joined:
+                raise RefusedError("the other node is not in sync: nothing can be handed over")
+            primary.loss = f"handing over to {peer.node}"
+            if not await primary.drain():
+                raise MirrorfsError(f"{peer.node} was lost while the stream was drained; this node goes on")
+            # Nothing waits for an acknowledgement now, and nothing may begin: what comes is refused from here on, so that a
+            # link that breaks below leaves a node that has given the role up, and a record that says to whom.
+            primary.enter(Mode.ENDED)
+            members = {Member(peer.node, peer.boot)} | (set() if disk_failure else {node.keeper.me()})
+            standing = Standing.OUTDATED if disk_failure else Standing.IN_SYNC
+            await node.keeper.begin(peer.node, frozenset(members), standing=standing, reason=disk_failure)
+            link.send_message(Kind.HANDOVER, epochs.pack_record(node.keeper.record))
+            invalidated = trio.Event()
+            if node.link is link and not disk_failure:
+                node.standby = Standby(node.tree, node.keeper, link, node.nursery, target=None, before_first=invalidated.wait)
+            node.unpin_all()
+            await node.stop_leading(f"handed over to {peer.node}")
+            invalidated.set()
+
+    async def take_over(self, theirs: epochs.Record, link: Link) -> None:
+        """The primary has handed over: its record names this node."""
+        node = self._node
+        async with self.lock:
+            if node.standby is None or not node.standby.in_sync or node.peer is None:
+                raise ProtocolError("HANDOVER to a node that is not in sync")
+            node.standby.acknowledge()
+            await node.keeper.adopt(theirs, Standing.IN_SYNC, "")
+            node.unpin_all()
+            epoch = node.keeper.record.epoch
+            assert epoch is not None
+            node.peer_joined = epoch.has(node.peer.node)
+            await node.lead(f"taken over from {node.peer.node}", mirror_to=link if node.peer_joined else None)
+            if not node.peer_joined:
+                link.close("taken over: greeting again")
+
+    async def promote(self, *, yes: bool, force: bool) -> str:
+        """Become the primary on an operator's word; returns what was done, or raises what stands against it."""
+        node = self._node
+        name = node.config.node.name
+        if node.primary is not None:
+            return f"{name} is the primary already"
+        if node.standby is not None and node.link is not None:
+            return await self._ask_for_handover(force=force)
+        async with self.lock:
+            if node.primary is not None:
+                return f"{name} is the primary already"
+            forced = self._decide(yes=yes, force=force)
+            new = node.keeper.record.epoch is None
+            await node.keeper.begin(
+                name,
+                frozenset({node.keeper.me()}),
+                forced=forced,
+                wrote=node.config.peer is not None,
+                volume_id=os.urandom(16).hex(),
+            )
+            await node.lead("promoted by force" if forced else "promoted by hand")
+            if node.link is not None:
+                node.link.close("promoted: greeting again")
+        epoch = node.keeper.record.epoch
+        assert epoch is not None
+        return f"{name} is the primary in epoch {epoch.number}" + (" of a new volume" if new else "")
+
+    def _decide(self, *, yes: bool, force: bool) -> bool:
+        """Raise what stands against a promotion; returns whether it is one by force."""
+        node, peer = self._node, self._node.config.peer
+        if node.peer is not None and node.link is not None and node.peer.serving and not node.split_brain:
+            raise MirrorfsError(f"{node.peer_name} is the primary: run `mirrorfs demote` there first")
+        decision = epochs.may_promote(
+            node.keeper.record,
+            node.config.node.name,
+            node.keeper.boot,
+            peer=peer.name if peer else None,
+            peer_seen=node.link is not None and not node.split_brain,
+            lost_at=node.peer_lost_at,
+        )
+        if isinstance(decision, epochs.Forbidden) and not force:
+            raise RefusedError(f"{decision.reason} (--force promotes all the same)")
+        if not (yes or force):
+            if node.split_brain:
+                raise ConfirmationNeededError(f"{node.split_brain}; --yes goes on with this node's history")
+            if isinstance(decision, epochs.AskFirst):
+                raise ConfirmationNeededError(f"{decision.reason} (--yes promotes)")
+        return isinstance(decision, epochs.Forbidden)
+
+    async def _ask_for_handover(self, *, force: bool) -> str:
+        node = self._node
+        standby, link = node.standby, node.link
+        assert standby is not None
+        assert link is not None
+        if not standby.in_sync:
+            advice = "; to promote it by force, stop the primary first" if force else ""
+            raise RefusedError(
+                f"this node is being resynced ({node.keeper.record.reason}) and {node.peer_name} is the primary: wait "
+                f"until it is in sync{advice}"
+            )
+        node.refusal = ""
+        link.send_message(Kind.HANDOVER_WANTED)
+        with trio.move_on_after(_HANDOVER_S):
+            while node.primary is None and node.link is link and not node.refusal:
+                await node.role_changed.wait()
+            if node.primary is not None:
+                return f"{node.config.node.name} is the primary, taken over from {node.peer_name}"
+            if node.refusal:
+                raise RefusedError(f"{node.peer_name} did not hand over: {node.refusal}")
+            raise MirrorfsError("the primary was lost during the handover: look at `mirrorfs status` and promote again")
+        raise MirrorfsError(f"{node.peer_name} did not hand over within {_HANDOVER_S:g} s; see its log")
+
+    async def demote(self, *, force: bool) -> str:
+        """Give the primary's role up: to an in-sync peer, or with `force` to nobody."""
+        node = self._node
+        if node.primary is None:
+            return f"{node.config.node.name} is not the primary"
+        if node.peer_joined:
+            await self.hand_over()
+            return f"handed over to {node.peer_name}"
+        if not force:
+            raise RefusedError("no other node is in sync, so nobody could take over (--force stops writes all the same)")
+        async with self.lock:
+            await node.stop_leading("demoted by hand: `mirrorfs promote --yes` makes it the primary again")
+        if node.link is not None:
+            node.link.close("demoted: greeting again")
+        return f"{node.config.node.name} is waiting"

@@ -1,0 +1,65 @@
+"""What `mirrorfs status` says: the node as it is, in plain values."""
+
+import time
+from typing import Any
+
+from mirrorfs.core.epochs import Standing
+from mirrorfs.node import Node
+
+
+def describe(node: Node) -> dict[str, Any]:
+    """The node as it is now. `epoch` is 0 before the volume is made; sizes are bytes; `since` is local time with its offset."""
+    record = node.keeper.record
+    status: dict[str, Any] = {
+        "volume": node.config.volume,
+        "node": node.config.node.name,
+        "state": node.state,
+        "epoch": record.epoch.number if record.epoch else 0,
+        "in_sync": _in_sync(node),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(node.since)),
+        "reason": node.split_brain or node.reason,
+        "dirty_bytes": 0,
+        "peer": _peer(node),
+        "open_files": node.operations.open_files,
+    }
+    if node.split_brain:
+        status["split_brain"] = node.split_brain
+    if record.epoch is not None:
+        status["epoch_tag"], status["primary"] = record.epoch.tag, record.epoch.primary
+        status["epochs"] = [[epoch.number, epoch.primary, epoch.began] for epoch in record.epochs[-5:]]
+    if node.primary is not None:
+        status["settled"] = node.primary.settled
+        copier = node.primary.copier
+        if copier is not None:
+            status["dirty_bytes"] = max(copier.bytes_found - copier.bytes_done, 0)
+            status["resync"] = {
+                "bytes_done": copier.bytes_done,
+                "bytes_total": max(copier.bytes_found, copier.bytes_done),
+                "files_done": copier.files_done,
+                "files_total": copier.files_found,
+            }
+    return status
+
+
+def _in_sync(node: Node) -> list[str]:
+    """The in-sync set as this node knows it; a node that knows itself behind is not in it."""
+    record = node.keeper.record
+    if record.epoch is None:
+        return []
+    names = {member.node for member in record.epoch.in_sync}
+    if record.standing is not Standing.IN_SYNC:
+        names.discard(node.config.node.name)
+    return sorted(names)
+
+
+def _peer(node: Node) -> dict[str, Any]:
+    if node.config.peer is None:
+        return {"name": None, "state": "none"}
+    state = "disconnected"
+    if node.link is not None:
+        state = "connected"
+        if node.primary is not None:
+            state = "standby" if node.peer_joined else "resyncing" if node.primary.copier is not None else "connected"
+        elif node.standby is not None:
+            state = "primary"
+    return {"name": node.config.peer.name, "state": state}

@@ -1,0 +1,239 @@
+"""Bytes and frames: every operation comes through whole, however the network cuts it; nothing malformed gets through."""
+
+import struct
+from dataclasses import fields
+from typing import Any, get_args
+from zlib import crc32
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrorfs.core import operations as ops
+from mirrorfs.core import wire
+from mirrorfs.core.wire import Decoder, Frame, Kind
+from mirrorfs.errors import ProtocolError
+
+_U64 = st.integers(0, (1 << 64) - 1)
+_I64 = st.integers(-(1 << 63), (1 << 63) - 1)
+_NAMES = st.binary(min_size=1, max_size=255)
+_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "int": _U64,
+    "int | None": st.none() | _I64,
+    "bytes": _NAMES,
+    "bool": st.booleans(),
+    "tuple[tuple[bytes, bytes], ...]": st.lists(st.tuples(_NAMES, st.binary(max_size=100))).map(tuple),
+}
+
+
+def _spelled(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+
+
+def _operations(kind: type) -> st.SearchStrategy[Any]:
+    return st.builds(kind, **{field.name: _FIELDS[_spelled(field.type)] for field in fields(kind)})
+
+
+OPERATIONS = st.one_of([_operations(kind) for kind in wire.KIND_OF])
+
+
+def _bytes(operation: ops.Operation, sequence: int = 1) -> bytes:
+    return b"".join(wire.encode_operation(operation, sequence))
+
+
+def _one(data: bytes) -> Frame:
+    (frame,) = Decoder().feed(data)
+    return frame
+
+
+def test_every_operation_has_a_kind_of_its_own() -> None:
+    assert set(wire.KIND_OF) == set(get_args(ops.Operation))
+    assert len(wire.OPERATION_OF) == len(wire.KIND_OF)
+
+
+@pytest.mark.parametrize("kind", wire.KIND_OF)
+def test_every_operation_comes_back_as_it_was_sent(kind: type) -> None:
+    @given(_operations(kind), _U64)
+    def comes_back(operation: ops.Operation, sequence: int) -> None:
+        frame = _one(_bytes(operation, sequence))
+        assert frame.sequence == sequence
+        assert wire.decode_operation(frame) == operation
+
+    comes_back()
+
+
+@given(st.lists(OPERATIONS, max_size=5), st.data())
+def test_frames_come_whole_however_the_network_cuts_the_bytes(sent: list[ops.Operation], data: st.DataObject) -> None:
+    stream = b"".join(_bytes(operation, number) for number, operation in enumerate(sent))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    decoder = Decoder()
+    frames = [
+        frame for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True) for frame in decoder.feed(stream[start:end])
+    ]
+    assert [wire.decode_operation(frame) for frame in frames] == sent
+    assert not decoder.incomplete
+
+
+@given(OPERATIONS, OPERATIONS)
+def test_a_decoder_that_is_fed_byte_by_byte_yields_each_frame_with_its_last_byte(
+    first: ops.Operation, second: ops.Operation
+) -> None:
+    decoder = Decoder()
+    for operation in (first, second):
+        data = _bytes(operation)
+        for position in range(len(data)):
+            frames = list(decoder.feed(data[position : position + 1]))
+            assert len(frames) == (position == len(data) - 1)
+            assert decoder.incomplete == (position < len(data) - 1)
+        assert wire.decode_operation(frames[0]) == operation
+
+
+@given(OPERATIONS, st.data())
+def test_any_single_bit_that_changed_on_the_way_is_found(operation: ops.Operation, data: st.DataObject) -> None:
+    damaged = bytearray(_bytes(operation))
+    bit = data.draw(st.integers(0, len(damaged) * 8 - 1))
+    damaged[bit // 8] ^= 1 << bit % 8
+    decoder = Decoder()
+    try:
+        frames = list(decoder.feed(damaged))
+    except ProtocolError:
+        return
+    # A length that grew makes the decoder wait for the rest: no frame is made of it either way.
+    assert frames == []
+    assert decoder.incomplete
+    assert bit < 32
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_any_kind_make_frames_that_were_checked_or_a_protocol_error(data: bytes) -> None:
+    try:
+        assert list(Decoder().feed(data)) == []
+    except ProtocolError:
+        pass
+
+
+@given(st.sampled_from(sorted(Kind)), st.binary(max_size=100))
+def test_a_payload_of_any_kind_makes_an_operation_or_a_protocol_error(kind: Kind, payload: bytes) -> None:
+    try:
+        operation = wire.decode_operation(Frame(kind, payload=payload))
+    except ProtocolError:
+        return
+    assert type(operation) in wire.KIND_OF
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | _I64 | st.binary(max_size=9) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(sorted(wire.OPERATION_OF)), _VALUES)
+def test_a_message_of_any_shape_makes_an_operation_or_a_protocol_error(kind: Kind, content: object) -> None:
+    try:
+        operation = wire.decode_operation(Frame(kind, payload=msgpack.packb(content)))
+    except ProtocolError:
+        return
+    assert type(operation) in wire.KIND_OF
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (Kind.UNLINK, []),
+        (Kind.UNLINK, [1]),
+        (Kind.UNLINK, [1, b"name", 3]),
+        (Kind.UNLINK, None),
+        (Kind.UNLINK, {}),
+        (Kind.UNLINK, 7),
+        (Kind.RENAME, [1, b"a"]),
+        (Kind.MAKE_NODE, [1, b"a"]),
+        (Kind.ENTRY, []),
+        (Kind.ENTRY, [0] * 10),
+        (Kind.ENTRY, [0] * 9 + [[1]]),
+        (Kind.ENTRY, [0] * 9 + [[[b"name"]]]),
+        (Kind.CHECKPOINT, [1]),
+        (Kind.HELLO, []),
+    ],
+)
+def test_a_message_that_is_not_of_its_kind_is_a_protocol_error(kind: Kind, content: object) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode_operation(Frame(kind, payload=msgpack.packb(content)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (Kind.UNLINK, ["one", b"name"]),
+        (Kind.UNLINK, [1, "text"]),
+        (Kind.UNLINK, [-1, b"name"]),
+        (Kind.LINK, [None, 1, b"name"]),
+        (Kind.SYNC, [b"file", False]),
+        (Kind.ENTRY, [1, b"n", 2, "mode", 0, 0, 0, 0, b"", []]),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="the types of an operation's fields are not checked when it is decoded")
+def test_a_field_of_the_wrong_type_is_a_protocol_error(kind: Kind, content: object) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode_operation(Frame(kind, payload=msgpack.packb(content)))
+
+
+def _raw(length: int, kind: int, payload: bytes = b"") -> bytes:
+    fixed = wire.HEADER.pack(length, kind, 0, 0, 0, 0, 0)
+    return fixed + wire.CHECKSUM.pack(crc32(payload, crc32(fixed))) + payload
+
+
+def test_a_length_above_the_bound_is_refused_before_its_payload_arrives() -> None:
+    for length in (wire.MAX_PAYLOAD + 1, 0xFFFFFFFF):
+        with pytest.raises(ProtocolError, match=f"a frame of {length} bytes"):
+            list(Decoder().feed(_raw(length, Kind.WRITE)))
+
+
+def test_a_payload_of_exactly_the_bound_is_taken() -> None:
+    operation = ops.Write(5, 0, bytes(wire.MAX_PAYLOAD))
+    assert wire.decode_operation(_one(_bytes(operation))) == operation
+
+
+def test_a_longer_payload_is_a_defect_of_the_sender() -> None:
+    with pytest.raises(AssertionError):
+        wire.encode(Frame(Kind.WRITE, payload=bytes(wire.MAX_PAYLOAD + 1)))
+
+
+def test_a_frame_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="unknown kind 255"):
+        list(Decoder().feed(_raw(0, 255)))
+
+
+def test_a_wrong_checksum_is_refused() -> None:
+    good = bytearray(_bytes(ops.Write(5, 0, b"data")))
+    good[-1] ^= 1
+    with pytest.raises(ProtocolError, match="checksum"):
+        list(Decoder().feed(good))
+
+
+def test_the_frames_before_a_bad_one_are_delivered() -> None:
+    decoder = Decoder()
+    stream = decoder.feed(_bytes(ops.Checkpoint()) + _raw(0, 255))
+    assert next(stream).kind is Kind.CHECKPOINT
+    with pytest.raises(ProtocolError):
+        next(stream)
+
+
+def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
+    wire.check_preamble(wire.preamble())
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("preamble", "said"),
+    [
+        (bytes(16), "not a mirrorfs node"),
+        (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
+        (struct.pack("<8sHHI", b"mirrorfs", 2, 0, 0), "protocol version 2, this node 1"),
+        (struct.pack("<8sHHI", b"mirrorfs", 1, 3, 0), "protection 3"),
+    ],
+)
+def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:
+    with pytest.raises(ProtocolError, match=said):
+        wire.check_preamble(preamble)
