@@ -38,6 +38,7 @@ from mirrorfs.tree import Tree
 log = logging.getLogger(__name__)
 
 _SPACE_INTERVAL_S = 1.0
+_MAX_SETBACK_S = 30.0
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Node:
         self.split_brain = ""
         self.since = time.time()
         self.refusal = ""
+        self._setbacks = 0
         self._told: set[str] = set()
         self.promotion = Promotion(self)
         self.role_changed = trio.Event()
@@ -292,8 +294,9 @@ class Node:
             if before is not self.primary.mode:
                 self._enter(f"{peer.node if peer else 'the peer'} was lost: {reason}")
         elif self.standby is not None:
-            self.standby = None
-            self._enter(f"the primary was lost: {reason}")
+            failure, self.standby = self.standby.failure, None
+            self._setbacks += bool(failure)
+            self._enter(f"out of sync: {failure}" if failure else f"the primary was lost: {reason}")
 
     async def _converse(self, link: Link, verdict: epochs.Verdict, mine: Hello, nursery: trio.Nursery) -> None:
         theirs = self.peer
@@ -385,7 +388,7 @@ class Node:
             case Kind.ACK | Kind.FLUSHED:
                 pass  # of a reign that has ended
             case Kind.FOLLOW:
-                await self._follow(record_in(frame), link, nursery)
+                nursery.start_soon(self._guarded, link, self._follow, record_in(frame), link, nursery)
             case Kind.FOLLOWING:
                 assert self.peer is not None
                 nursery.start_soon(self._guarded, link, self._copy, link, self.peer)
@@ -393,6 +396,7 @@ class Node:
                 if self.standby is None:
                     raise ProtocolError("JOIN for a node that does not follow")
                 await self.standby.join(record_in(frame))
+                self._setbacks = 0
                 self._enter(f"in sync with {self.peer_name}")
             case Kind.JOINED:
                 self.peer_joined = True
@@ -416,7 +420,11 @@ class Node:
         return self.peer.node if self.peer else "the other node"
 
     async def _follow(self, theirs: epochs.Record, link: Link, nursery: trio.Nursery) -> None:
-        """Become a copy of the other node."""
+        """Become a copy of the other node; after failures, such as a full disk, not at once."""
+        if self._setbacks:
+            delay_s = min(0.5 * 2**self._setbacks, _MAX_SETBACK_S)
+            self.reason = f"{self.reason}; the copy is tried again in {delay_s:g} s"
+            await trio.sleep(delay_s)
         async with self.promotion.lock:
             if self.primary is not None:
                 raise ProtocolError("FOLLOW for a node that is the primary")

@@ -194,6 +194,10 @@ class Primary:
             result = self.tree.apply(change)
         except PartialChangeError as partly:
             change, failure = partly.done, partly.error
+        except OSError:
+            if isinstance(change, ops.Write):
+                self._unsettle(change.file)  # nothing was written, but its modification time is another
+            raise
         if isinstance(change, ops.Write):
             if result < len(change.data):
                 change = ops.Write(change.file, change.offset, change.data[:result])

@@ -1,7 +1,8 @@
 """The standby's side: apply the primary's stream in order, acknowledge, sync when told.
 
-A connection's frames are applied by one task, in order, with no await between the check of a number and its `apply`. A result that
-is not the primary's is divergence: the node records durably that it is outdated before it says so, and applies nothing more.
+A connection's frames are applied by one task, in order, with no await between the check of a number and its `apply`. A result
+that is not the primary's is divergence: the node records durably that it is outdated before it says so, and applies nothing
+more.
 """
 
 import logging
@@ -48,6 +49,7 @@ class Standby:
         self.target = target
         self.applied = 0
         self.bytes_copied = 0
+        self.failure = ""
         self._keeper = keeper
         self._link = link
         self._nursery = nursery
@@ -103,10 +105,8 @@ class Standby:
 
     async def _diverged(self, operation: ops.Operation, sequence: int, error: OSError) -> None:
         what = f"{type(operation).__name__} {sequence} failed here: {error.strerror}"
-        await self._fail(what)
-
-    async def _fail(self, what: str) -> None:
         resyncing = self.target is not None
+        self.failure = what
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
         await self._keeper.stand(Standing.RESYNCING if resyncing else Standing.OUTDATED, f"{what} ({moment})")
         log.error("out of sync: %s", what)
@@ -152,8 +152,9 @@ class Standby:
             # Never tried again: the kernel has dropped what it could not write.
             with trio.CancelScope(shield=True):
                 await self._keeper.stand(Standing.OUTDATED, f"a sync failed: {error.strerror}")
-            log.error("out of sync: a sync failed here: %s", error.strerror)
-            self._link.close(f"a sync failed here: {error.strerror}")
+            self.failure = f"a sync failed here: {error.strerror}"
+            log.error("out of sync: %s", self.failure)
+            self._link.close(self.failure)
             return
         finally:
             if done is not None:

@@ -240,10 +240,12 @@ class Table:
             self._close_data(known)
 
     def close_idle(self) -> None:
-        """Close the data of all files that nobody has open, synced or not: what is deleted from here on leaves its room."""
+        """Let go of all files that nobody has open, synced or not: what is deleted from here on gives its room back."""
         for known in [known for known in self._idle.values() if not known.gone]:
             known.synced = known.version
             self._close_data(known)
+        for known in self.all():
+            self.drop_unused(known)
 
     def _close_data(self, known: Known) -> None:
         self._remember(known)
