@@ -23,6 +23,7 @@ ORDER = [
     "standby",
     "replication",
     "resync",
+    "stream",
     "peer",
     "keeper",
     "journal",

@@ -1,6 +1,6 @@
 """What a node must still know after a crash: its record of epochs, and which file ids it may have used.
 
-Two small files. They are never changed in place: a new one is written beside it, synced, renamed over it, and the directory synced. So a
+Two small files, never changed in place: a new one is written beside it, synced, renamed over it, and the directory synced. So a
 crash at any instant leaves the old content or the new one. docs/JOURNAL.md describes the bytes.
 """
 

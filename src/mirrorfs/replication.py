@@ -1,7 +1,7 @@
 """The primary's side: apply a change here, put it on the stream, wait for the peer, answer.
 
-What lies between two awaits is atomic. `Primary.change` applies, numbers and sends with no await in between, so the order of the
-stream is the order in which the changes happened here; a new `await` in `_make` would need a new argument for that.
+What lies between two awaits is atomic. `Primary.change` applies, numbers and sends with no await in between, so the order of
+the stream is the order in which the changes happened here; a new `await` in `_make` would need a new argument for that.
 
 The mode says what an acknowledgement needs:
 
@@ -16,14 +16,13 @@ import errno
 import logging
 import math
 import os
-from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import Any, Final
 
 import trio
 
-from mirrorfs.core import ids, wire
+from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.core.epochs import Member
 from mirrorfs.core.wire import Frame, Kind
@@ -31,6 +30,7 @@ from mirrorfs.errors import FrozenError, NotPrimaryError
 from mirrorfs.keeper import Keeper
 from mirrorfs.peer import Link
 from mirrorfs.resync import Copier
+from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import PartialChangeError, Tree
 
@@ -49,82 +49,6 @@ class Mode(Enum):
     LOST = auto()
     FROZEN = auto()
     ENDED = auto()
-
-
-class Stream:
-    """The ordered stream of one reign over one link: sequence numbers from 1, acknowledgements, results of flushes."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.sent = 0
-        self.acknowledged = 0
-        self.broken = False
-        self._waiters: deque[tuple[int, trio.lowlevel.Task]] = deque()
-        self._flushes: dict[int, tuple[trio.Event, list[int]]] = {}
-
-    def put(self, operation: ops.Operation) -> int:
-        """Send an operation and return its sequence number."""
-        self.sent += 1
-        self.link.send(wire.encode_operation(operation, self.sent))
-        return self.sent
-
-    def put_flush(self, operation: ops.Flush) -> int:
-        """Send a sync, whose result `flushed` will wait for."""
-        sequence = self.put(operation)
-        self._flushes[sequence] = (trio.Event(), [])
-        return sequence
-
-    async def applied(self, sequence: int) -> bool:
-        """Wait until the peer has applied everything up to `sequence`; False if the link was lost before."""
-        if self.acknowledged >= sequence:
-            return True
-        if self.broken:
-            return False
-        waiter = (sequence, trio.lowlevel.current_task())
-        self._waiters.append(waiter)
-
-        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
-            self._waiters.remove(waiter)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
-        return self.acknowledged >= sequence
-
-    async def flushed(self, sequence: int) -> bool:
-        """Wait until the peer's disk has everything up to the sync `sequence`; False if the link was lost before."""
-        done, result = self._flushes[sequence]
-        try:
-            await done.wait()
-        finally:
-            del self._flushes[sequence]
-        return result == [0]
-
-    async def drained(self) -> bool:
-        """Wait until the peer has applied, and synced, everything that was sent; False if the link was lost before."""
-        for event, _ in list(self._flushes.values()):
-            await event.wait()
-        return await self.applied(self.sent) and not self.broken
-
-    def on_ack(self, sequence: int) -> None:
-        """The peer has applied everything up to `sequence`."""
-        self.acknowledged = sequence
-        while self._waiters and self._waiters[0][0] <= sequence:
-            trio.lowlevel.reschedule(self._waiters.popleft()[1])
-
-    def on_flushed(self, sequence: int) -> None:
-        """The peer's sync `sequence` has succeeded."""
-        if sequence in self._flushes:
-            event, result = self._flushes[sequence]
-            result.append(0)
-            event.set()
-
-    def end(self) -> None:
-        """The link is lost: everybody who waits is told."""
-        self.broken = True
-        while self._waiters:
-            trio.lowlevel.reschedule(self._waiters.popleft()[1])
-        for event, _ in self._flushes.values():
-            event.set()
 
 
 class Primary:

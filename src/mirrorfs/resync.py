@@ -18,17 +18,15 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, assert_never
+from typing import Final, assert_never
 
 import trio
 
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
+from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import RENAME_EXCHANGE, Tree
-
-if TYPE_CHECKING:
-    from mirrorfs.replication import Stream
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class Copier:
     """The source's side. `introduced` are the files that the target knows by id; `note_unsettled` takes an id whose times the
     target must be told once more."""
 
-    def __init__(self, tree: Tree, stream: "Stream", *, note_unsettled: Callable[[int], None]) -> None:
+    def __init__(self, tree: Tree, stream: Stream, *, note_unsettled: Callable[[int], None]) -> None:
         self.tree = tree
         self.stream = stream
         self.introduced: set[int] = set()

@@ -18,9 +18,10 @@ _wait_fuse_readable: Any = pyfuse3._wait_fuse_readable  # type: ignore[attr-defi
 
 
 async def _wait_and_look_again() -> bool:
-    """pyfuse3 reads /dev/fuse blocking, with the GIL held: if the client was killed since the wait, the process would stand still.
+    """Wait for a request, and look again right before pyfuse3 reads it.
 
-    Looking once more right before the read leaves a window of microseconds instead of one of a whole turn of the loop.
+    pyfuse3 reads /dev/fuse blocking, with the GIL held: if the client was killed since the wait, the process would stand
+    still. Looking once more leaves a window of microseconds instead of one of a whole turn of the loop.
     """
     while await _wait_fuse_readable():
         if _poll is None or _poll.poll(0):

@@ -24,10 +24,10 @@ MAX_IDLE_DATA: Final = 2_000
 class Known:
     """One known file.
 
-    `lookups` counts what the kernel was told and has not forgotten, `opens` the open handles and running syncs, `kept` those who
-    only need that it stays known; `pinned` says that the peer may name it, `gone` that it has no name any more. `version` grows
-    with every change of the data, `synced` is the version that is on stable storage. `names` are the directory entries that the
-    kernel may have cached; `special` says that a write by an ordinary user must clear setuid or setgid.
+    `lookups` counts what the kernel was told and has not forgotten, `opens` the open handles and running syncs, `kept` those
+    who only need that it stays known; `pinned` says that the peer may name it, `gone` that it has no name any more. `version`
+    grows with every change of the data, `synced` is the version that is on stable storage. `names` are the directory entries
+    that the kernel may have cached; `special` says that a write by an ordinary user must clear setuid or setgid.
     """
 
     __slots__ = (

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Load:
         longest = 0.0
         for file in self.notes.values():
             moments = [json.loads(line)["at"] for line in file.read_text().splitlines()]
-            longest = max([longest, *(after - before for before, after in zip(moments, moments[1:], strict=False))])
+            longest = max([longest, *(after - before for before, after in pairwise(moments))])
         return longest
 
     def missing(self, mount: Path) -> list[str]:

@@ -58,6 +58,7 @@ def _traced(lab: Lab, directory: Path) -> Iterator[dict[str, Syncs]]:
 
 def _wait_traced(pids: list[int]) -> None:
     """Wait until every thread of the processes has a tracer."""
+
     def traced() -> bool:
         threads = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
         return all("TracerPid:\t0\n" not in (task / "status").read_text() for task in threads)
@@ -78,8 +79,7 @@ def test_an_asynchronous_direct_write_on_a_dsync_descriptor_is_synced_on_both_no
         counted = {name: count("fio") for name, count in syncs.items()}
     writes = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["write"]["total_ios"]
     assert writes >= 100
-    # A sync may cover several of the four writes that are under way, but never one that begins after it.
-    assert all(count >= writes / 4 for count in counted.values()), (writes, counted)
+    assert all(count >= writes for count in counted.values()), (writes, counted)
     assert tree_differences(pair) == []
 
 
@@ -128,10 +128,13 @@ def test_a_sync_of_a_directory_has_reached_both_nodes_when_it_returns(pair: Lab,
 
 def test_a_flushed_shared_mapping_is_synced_on_both_nodes(pair: Lab, tmp_path: Path) -> None:
     (pair.one.mount / "mapped").write_bytes(bytes(8192))
-    with open(pair.one.mount / "mapped", "r+b") as file, mmap.mmap(file.fileno(), 8192) as mapping:
-        with _traced(pair, tmp_path) as syncs:
-            mapping[5000:5004] = b"data"
-            mapping.flush()
-            assert all(count("mapped") >= 1 for count in syncs.values())
+    with (
+        open(pair.one.mount / "mapped", "r+b") as file,
+        mmap.mmap(file.fileno(), 8192) as mapping,
+        _traced(pair, tmp_path) as syncs,
+    ):
+        mapping[5000:5004] = b"data"
+        mapping.flush()
+        assert all(count("mapped") >= 1 for count in syncs.values())
     for host in pair.hosts.values():
         assert (host.backing / "mapped").read_bytes()[5000:5004] == b"data", host.name

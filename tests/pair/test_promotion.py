@@ -5,6 +5,7 @@ import mmap
 import os
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,9 @@ def test_the_standby_is_read_only_and_live(lab: Lab) -> None:
         lambda: os.setxattr(there, "user.x", b"x"),
         lambda: there.rename(lab.two.mount / "other"),
         lambda: os.link(there, lab.two.mount / "other"),
-        lambda: (lab.two.mount / "directory").mkdir(),
+        (lab.two.mount / "directory").mkdir,
         lambda: (lab.two.mount / "link").symlink_to("x"),
-        lambda: (lab.two.mount / "new").touch(),
+        (lab.two.mount / "new").touch,
     ):
         _fails(errno.EROFS, change)
     assert tree_differences(lab) == []
@@ -123,7 +124,7 @@ def test_a_directory_held_open_since_before_the_promotion_lists_the_truth(lab: L
         for name, descriptor in held.items():
             assert os.listdir(descriptor) == ["new"], name
             assert os.stat("new", dir_fd=descriptor).st_ino == (lab.two.mount / "directory" / "new").stat().st_ino
-            _fails(errno.ENOENT, lambda descriptor=descriptor: os.stat("old", dir_fd=descriptor))
+            _fails(errno.ENOENT, partial(os.stat, "old", dir_fd=descriptor))
     finally:
         for descriptor in held.values():
             os.close(descriptor)
@@ -263,8 +264,9 @@ def test_with_a_dead_peer_promote_asks_first(lab: Lab) -> None:
 
 
 def _slow_cable(lab: Lab) -> None:
+    shape = ["tbf", "rate", "16mbit", "burst", "64k", "latency", "500ms"]
     for host in lab.hosts.values():
-        host.run(*"tc qdisc add dev eth0 root tbf rate 16mbit burst 64k latency 500ms".split(), check=True)
+        host.run("tc", "qdisc", "add", "dev", "eth0", "root", *shape, check=True)
 
 
 @pytest.fixture
@@ -338,7 +340,7 @@ def test_demote_with_no_standby_in_sync_is_refused_without_force(lab: Lab) -> No
     assert state(lab.one) == "solo"
     assert mirrorfs(lab.one, "demote", "--force").returncode == 0
     assert state(lab.one) == "waiting"
-    _fails(errno.EROFS, lambda: (lab.one.mount / "file").touch())
+    _fails(errno.EROFS, (lab.one.mount / "file").touch)
     with pytest.raises(ConfirmationNeededError):
         lab.one.promote()
     lab.one.promote(yes=True)

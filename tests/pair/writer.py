@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,13 @@ def main() -> None:
     """Write and note until told to stop, or until something fails."""
     kind, directory, notes, seed = sys.argv[1:]
     chance = random.Random(f"{seed} {kind}")
-    chosen = {
+    chosen: dict[str, Callable[[], Notes]] = {
         "append": lambda: append(Path(directory), sync=False),
         "append-fsync": lambda: append(Path(directory), sync=True),
         "overwrite": lambda: overwrite(Path(directory), chance),
         "names": lambda: names(Path(directory), chance),
         "tree": lambda: tree(Path(directory)),
-    }[kind]
+    }
     stopping = False
 
     def stop(signum: int, frame: object) -> None:
@@ -85,7 +85,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     out = os.open(notes, os.O_WRONLY | os.O_APPEND)
     try:
-        for note in chosen():
+        for note in chosen[kind]():
             os.write(out, json.dumps(note | {"at": time.monotonic()}).encode() + b"\n")
             if stopping:
                 return

@@ -1,4 +1,4 @@
-"""The record on disk: what was saved is loaded, a crash leaves the old one or the new one, damage is told and never guessed at."""
+"""What is on disk: what was saved is loaded, a crash leaves the old or the new, damage is told and never guessed at."""
 
 import errno
 import os
@@ -16,8 +16,8 @@ from mirrorfs.errors import JournalError
 from mirrorfs.journal import Journal
 
 EPOCH = Epoch(7, "0123456789abcdef", "one", frozenset({Member("one", "b1"), Member("two", "b2")}), True, 1.5e9)
-RECORD = Record("00" * 16, (EPOCH,), frozenset({EPOCH.tag}), Standing.RESYNCING, "a copy from one began", 65536)
-NEWER = Record("00" * 16, (EPOCH,), frozenset(), Standing.IN_SYNC, "", 131072)
+RECORD = Record("00" * 16, (EPOCH,), frozenset({EPOCH.tag}), Standing.RESYNCING, "a copy from one began")
+NEWER = Record("00" * 16, (EPOCH,), frozenset(), Standing.IN_SYNC, "")
 
 LABELS = ["record:open", "record:write", "record:fsync", "record:rename", "record:fsync-directory"]
 
@@ -86,7 +86,7 @@ def test_any_byte_that_changed_on_disk_is_told_as_damage(tmp_path: Path) -> None
         damaged = bytearray(whole)
         damaged[position] ^= 0x55
         (tmp_path / "record").write_bytes(damaged)
-        with pytest.raises(JournalError, match="damaged|newer"):
+        with pytest.raises(JournalError, match=r"damaged|newer"):
             Journal(tmp_path).load()
 
 
@@ -124,3 +124,32 @@ def test_a_record_that_cannot_be_read_is_told_with_its_file(tmp_path: Path) -> N
     (tmp_path / "record").mkdir()
     with pytest.raises(JournalError, match=f"{tmp_path}/record: cannot be read: Is a directory"):
         Journal(tmp_path).load()
+
+
+# ---- the other file: which ids may have been used
+
+
+def test_a_new_node_has_used_no_id_and_what_is_reserved_stays_so(tmp_path: Path) -> None:
+    assert Journal(tmp_path).load_ids() == 0
+    Journal(tmp_path).save_ids(65536)
+    assert Journal(tmp_path).load_ids() == 65536
+    assert Journal(tmp_path).load() == Record(), "the record is another file"
+
+
+@pytest.mark.parametrize("label", [label.replace("record", "ids") for label in LABELS])
+def test_a_crash_while_ids_are_reserved_never_brings_the_number_back(tmp_path: Path, label: str) -> None:
+    Journal(tmp_path).save_ids(65536)
+
+    def crash(at: str) -> None:
+        if at == label:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        Journal(tmp_path, at=crash).save_ids(131072)
+    assert Journal(tmp_path).load_ids() == (131072 if label == "ids:fsync-directory" else 65536)
+
+
+def test_a_number_of_ids_that_is_none_is_told_as_damage(tmp_path: Path) -> None:
+    (tmp_path / "ids").write_bytes(_framed(msgpack.packb("many")))
+    with pytest.raises(JournalError, match="ids: damaged"):
+        Journal(tmp_path).load_ids()

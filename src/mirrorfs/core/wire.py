@@ -142,6 +142,8 @@ def decode_operation(frame: Frame) -> ops.Operation:
         raise ProtocolError(f"a frame of kind {frame.kind.name} where an operation was expected")
     fields = message(frame)
     try:
+        if not isinstance(fields, list):
+            raise TypeError("its fields are no list")
         if operation is ops.Entry:
             fields[-1] = tuple((name, value) for name, value in fields[-1])
         result: ops.Operation = operation(*fields)

@@ -1,0 +1,457 @@
+"""The verdicts of two nodes that meet, and what an operator may do: told as stories, and checked for what holds in all of them.
+
+The nodes of the stories are `one`, which is the primary at first, and `two`.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrorfs.core import epochs
+from mirrorfs.core.epochs import (
+    Allowed,
+    AskFirst,
+    Epoch,
+    Forbidden,
+    Hello,
+    Member,
+    Record,
+    Refuse,
+    Resume,
+    SplitBrain,
+    Standing,
+    Verdict,
+    Wait,
+    may_promote,
+    meet,
+)
+
+_TAGS = iter(f"tag-{number}" for number in range(10**9))
+
+
+@dataclass
+class Node:
+    """A node of a story: what it has recorded, and whether it is serving."""
+
+    name: str
+    boot: str = "boot"
+    record: Record = field(default_factory=Record)
+    serving: bool = False
+    empty: bool = False
+    discard: bool = False
+
+    def hello(self) -> Hello:
+        return Hello("data", self.name, self.boot, self.record, self.serving, self.empty, self.discard)
+
+    def member(self) -> Member:
+        return Member(self.name, self.boot)
+
+    def begins(self, *in_sync: "Node", primary: "Node | None" = None, forced: bool = False, wrote: bool = False) -> Epoch:
+        """Begin a new epoch in this node's record."""
+        number = self.record.epoch.number + 1 if self.record.epoch else 1
+        members = frozenset(node.member() for node in in_sync)
+        epoch = Epoch(number, next(_TAGS), (primary or self).name, members, forced, 0.0)
+        self.record = replace(self.record, volume_id=self.record.volume_id or "v").begin(epoch)
+        if wrote:
+            self.writes_alone()
+        return epoch
+
+    def writes_alone(self) -> None:
+        assert self.record.epoch is not None
+        self.record = replace(self.record, wrote=self.record.wrote | {self.record.epoch.tag})
+
+    def adopts(self, other: "Node", standing: Standing = Standing.IN_SYNC) -> None:
+        """Take over the other's history."""
+        self.record = replace(other.record, wrote=frozenset(), standing=standing, reason="")
+
+    def restarts(self, *, machine: bool = False) -> None:
+        self.serving = False
+        if machine:
+            self.boot += "'"
+
+    def may_promote(self, *, peer: str | None = "two", seen: bool = False) -> Allowed | AskFirst | Forbidden:
+        return may_promote(self.record, self.name, self.boot, peer=peer, peer_seen=seen, lost_at="noon")
+
+
+def mirrored() -> tuple[Node, Node]:
+    """A pair as it is when all is well: one serves, both are in sync."""
+    one, two = Node("one"), Node("two")
+    one.begins(one, wrote=True)
+    one.begins(one, two)
+    two.adopts(one)
+    one.serving = True
+    return one, two
+
+
+def verdict(one: Node, two: Node) -> Verdict:
+    """The verdict of both, which has to be the same one."""
+    found = meet(one.hello(), two.hello())
+    assert found == meet(two.hello(), one.hello())
+    return found
+
+
+def assert_resumes(one: Node, two: Node, primary: str) -> None:
+    found = verdict(one, two)
+    assert isinstance(found, Resume), found
+    assert found.primary == primary
+
+
+def assert_split(one: Node, two: Node, *, stops: str) -> None:
+    found = verdict(one, two)
+    assert isinstance(found, SplitBrain), found
+    assert found.stops == stops
+
+
+# ---- the beginning
+
+
+def test_two_new_nodes_wait_for_a_person() -> None:
+    found = verdict(Node("one", empty=True), Node("two", empty=True))
+    assert isinstance(found, Wait)
+    assert "mirrorfs promote" in found.reason
+
+
+def test_an_empty_node_follows_the_one_that_was_promoted() -> None:
+    one = Node("one", serving=True)
+    one.begins(one, wrote=True)
+    assert_resumes(one, Node("two", empty=True), "one")
+
+
+def test_a_node_with_files_and_no_history_follows_only_if_it_was_told_to_discard_them() -> None:
+    one, two = Node("one", serving=True), Node("two")
+    one.begins(one, wrote=True)
+    found = verdict(one, two)
+    assert isinstance(found, Refuse)
+    assert "--discard-local-data" in found.reason
+    two.discard = True
+    assert_resumes(one, two, "one")
+
+
+def test_an_empty_node_waits_with_a_standby_that_nobody_promoted() -> None:
+    _, two = mirrored()
+    found = verdict(Node("one", empty=True), two)
+    assert isinstance(found, Wait)
+    assert "promote --yes` on two" in found.reason
+
+
+# ---- who does not belong together
+
+
+def test_nodes_of_different_volumes_refuse_each_other() -> None:
+    one, two = mirrored()
+    assert isinstance(meet(one.hello(), replace(two.hello(), volume="orders")), Refuse)
+
+
+def test_two_volumes_of_the_same_name_refuse_each_other() -> None:
+    one, two = mirrored()
+    two.record = replace(two.record, volume_id="another")
+    found = verdict(one, two)
+    assert isinstance(found, Refuse)
+    assert "different volumes" in found.reason
+
+
+def test_two_nodes_of_the_same_name_refuse_each_other() -> None:
+    one, _ = mirrored()
+    assert isinstance(verdict(one, replace(one)), Refuse)
+
+
+# ---- a link that breaks and comes back
+
+
+def test_a_link_that_broke_for_a_moment_goes_on_with_the_primary() -> None:
+    one, two = mirrored()
+    assert_resumes(one, two, "one")
+
+
+def test_a_standby_that_was_away_follows_the_primary_that_went_on_alone() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    assert_resumes(one, two, "one")
+
+
+def test_a_standby_that_was_promoted_is_followed_by_the_old_primary_that_comes_back() -> None:
+    one, two = mirrored()
+    one.restarts()
+    two.begins(two, wrote=True)
+    two.serving = True
+    assert_resumes(one, two, "two")
+
+
+def test_an_old_primary_that_acknowledged_nothing_alone_follows_although_it_had_gone_on() -> None:
+    one, two = mirrored()
+    one.begins(one)
+    two.begins(two, wrote=True)
+    two.serving = True
+    assert_resumes(one, two, "two")
+
+
+def test_the_one_that_acknowledged_something_is_followed_whoever_it_is() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.begins(two)
+    two.serving = True
+    assert_resumes(one, two, "one")
+
+
+# ---- restarts
+
+
+def test_after_both_nodes_were_restarted_the_last_primary_serves() -> None:
+    one, two = mirrored()
+    one.restarts()
+    assert_resumes(one, two, "one")
+
+
+def test_after_a_power_failure_of_both_the_last_primary_serves() -> None:
+    one, two = mirrored()
+    one.restarts(machine=True)
+    two.restarts(machine=True)
+    assert_resumes(one, two, "one")
+
+
+def test_a_node_whose_machine_did_not_restart_is_better_than_one_whose_did() -> None:
+    one, two = mirrored()
+    one.restarts(machine=True)
+    assert_resumes(one, two, "two")
+
+
+def test_a_node_that_is_behind_does_not_serve_when_both_come_back() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    one.restarts(machine=True)
+    assert_resumes(one, two, "one")
+
+
+def test_a_node_that_was_being_resynced_does_not_serve_when_both_come_back() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.adopts(one, Standing.RESYNCING)
+    one.restarts()
+    assert_resumes(one, two, "one")
+
+
+def test_an_outdated_primary_gives_way_to_its_standby() -> None:
+    one, two = mirrored()
+    one.restarts()
+    one.record = replace(one.record, standing=Standing.OUTDATED)
+    assert_resumes(one, two, "two")
+
+
+def test_two_incomplete_trees_wait_for_a_person() -> None:
+    one, two = mirrored()
+    one.restarts()
+    one.record = replace(one.record, standing=Standing.OUTDATED)
+    two.record = replace(two.record, standing=Standing.RESYNCING)
+    found = verdict(one, two)
+    assert isinstance(found, Wait)
+    assert "--force" in found.reason
+
+
+# ---- handing over
+
+
+def test_a_handover_that_never_arrived_is_dropped_and_either_may_go_on() -> None:
+    one, two = mirrored()
+    one.begins(one, two, primary=two)
+    one.restarts()
+    assert_resumes(one, two, "two")
+
+
+def test_a_handover_that_never_arrived_and_a_promotion_are_no_split_brain() -> None:
+    one, two = mirrored()
+    one.begins(one, two, primary=two)
+    one.restarts()
+    two.begins(two, wrote=True)
+    two.serving = True
+    assert_resumes(one, two, "two")
+
+
+# ---- split brains
+
+
+def test_two_nodes_that_both_acknowledged_changes_alone_are_a_split_brain_and_the_old_primary_stops() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.begins(two, wrote=True)
+    two.serving = True
+    assert_split(one, two, stops="one")
+
+
+def test_a_split_brain_stays_one_after_both_were_restarted() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.begins(two, wrote=True)
+    one.restarts(machine=True)
+    two.restarts(machine=True)
+    assert_split(one, two, stops="one")
+
+
+def test_a_forced_promotion_that_may_have_skipped_changes_is_a_split_brain() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    one.restarts()
+    two.begins(two, forced=True, wrote=True)
+    two.serving = True
+    assert_split(one, two, stops="one")
+
+
+def test_a_forced_promotion_is_a_split_brain_for_a_node_that_was_in_sync_before() -> None:
+    one, two = mirrored()
+    one.restarts()
+    two.begins(two, forced=True)
+    two.serving = True
+    assert_split(one, two, stops="one")
+
+
+def test_a_forced_promotion_of_a_node_that_was_being_copied_to_is_a_split_brain() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.adopts(one, Standing.RESYNCING)
+    one.restarts()
+    two.begins(two, forced=True, wrote=True)
+    two.serving = True
+    assert_split(one, two, stops="one")
+
+
+def test_two_that_both_serve_in_one_epoch_are_a_split_brain_and_the_wrong_one_stops() -> None:
+    one, two = mirrored()
+    two.serving = True
+    assert_split(one, two, stops="two")
+
+
+# ---- what holds for all
+
+
+_STANDINGS = st.sampled_from(Standing)
+
+
+@st.composite
+def _pairs(draw: st.DrawFn) -> tuple[Node, Node]:
+    """Two nodes after any series of what may happen to them, sensible or not."""
+    one, two = Node("one"), Node("two")
+    for node in draw(st.lists(st.sampled_from([one, two]), max_size=7)):
+        other = two if node is one else one
+        match draw(st.sampled_from(["begin", "alone", "both", "force", "adopt", "stand", "restart", "reboot"])):
+            case "begin" | "alone" as what:
+                node.begins(node, wrote=what == "alone")
+            case "both":
+                node.begins(node, other)
+                other.adopts(node)
+            case "force":
+                node.begins(node, forced=True, wrote=draw(st.booleans()))
+            case "adopt" if other.record.epochs:
+                node.adopts(other, draw(_STANDINGS))
+            case "stand":
+                node.record = replace(node.record, standing=draw(_STANDINGS))
+            case "restart":
+                node.restarts()
+            case "reboot":
+                node.restarts(machine=True)
+            case _:
+                pass
+    for node in (one, two):
+        node.serving = bool(node.record.epochs) and draw(st.booleans())
+        node.empty, node.discard = draw(st.booleans()), draw(st.booleans())
+    return one, two
+
+
+@given(_pairs())
+def test_both_nodes_come_to_the_same_verdict(pair: tuple[Node, Node]) -> None:
+    one, two = pair
+    assert meet(one.hello(), two.hello()) == meet(two.hello(), one.hello())
+
+
+@given(_pairs())
+def test_two_nodes_that_both_acknowledged_what_the_other_does_not_know_are_never_put_together(pair: tuple[Node, Node]) -> None:
+    one, two = pair
+    known = [{epoch.tag for epoch in node.record.epochs} for node in pair]
+    alone = [one.record.wrote - known[1], two.record.wrote - known[0]]
+    if all(alone) and one.record.volume_id == two.record.volume_id:
+        assert isinstance(meet(one.hello(), two.hello()), SplitBrain)
+
+
+@given(_pairs())
+def test_whoever_serves_after_the_verdict_has_a_complete_tree_or_served_before(pair: tuple[Node, Node]) -> None:
+    found = meet(*(node.hello() for node in pair))
+    if isinstance(found, Resume):
+        (primary,) = (node for node in pair if node.name == found.primary)
+        assert primary.serving or primary.record.standing is Standing.IN_SYNC
+        assert primary.record.epochs
+
+
+@given(_pairs())
+def test_a_record_and_a_greeting_come_back_from_msgpack_as_they_were(pair: tuple[Node, Node]) -> None:
+    for node in pair:
+        assert epochs.unpack_record(msgpack.unpackb(msgpack.packb(epochs.pack_record(node.record)))) == node.record
+        assert epochs.unpack_hello(msgpack.unpackb(msgpack.packb(epochs.pack_hello(node.hello())))) == node.hello()
+
+
+def test_a_history_is_bounded_and_forgets_its_oldest_epochs_and_what_was_written_in_them() -> None:
+    one = Node("one")
+    for _ in range(epochs.HISTORY + 10):
+        one.begins(one, wrote=True)
+    assert len(one.record.epochs) == len(one.record.wrote) == epochs.HISTORY
+    assert one.record.epoch is not None
+    assert one.record.epoch.number == epochs.HISTORY + 10
+
+
+# ---- promoting by hand
+
+
+def test_the_first_promotion_of_a_volume_needs_the_other_node_or_a_word() -> None:
+    assert isinstance(Node("one").may_promote(peer=None), Allowed)
+    assert isinstance(Node("one").may_promote(seen=True), Allowed)
+    assert isinstance(Node("one").may_promote(), AskFirst)
+
+
+def test_a_node_that_was_in_sync_when_the_link_broke_asks_and_says_since_when() -> None:
+    _, two = mirrored()
+    found = two.may_promote(peer="one")
+    assert isinstance(found, AskFirst)
+    assert "since noon" in found.reason
+    assert isinstance(two.may_promote(peer="one", seen=True), Allowed)
+
+
+def test_a_node_that_was_alone_asks() -> None:
+    one, _ = mirrored()
+    one.begins(one)
+    found = one.may_promote()
+    assert isinstance(found, AskFirst)
+    assert "alone in epoch 3" in found.reason
+
+
+@pytest.mark.parametrize("standing", [Standing.RESYNCING, Standing.OUTDATED])
+def test_a_node_that_knows_itself_behind_is_refused_with_the_reason(standing: Standing) -> None:
+    _, two = mirrored()
+    two.record = replace(two.record, standing=standing, reason="the disk was full")
+    found = two.may_promote(peer="one")
+    assert isinstance(found, Forbidden)
+    assert standing.value in found.reason
+    assert "the disk was full" in found.reason
+
+
+def test_a_node_that_the_newest_epoch_leaves_out_is_refused() -> None:
+    one, two = mirrored()
+    one.begins(one)
+    two.adopts(one)
+    found = two.may_promote(peer="one")
+    assert isinstance(found, Forbidden)
+    assert "behind" in found.reason
+
+
+def test_a_node_whose_machine_was_restarted_while_in_sync_is_refused_and_says_which_writes_may_be_missing() -> None:
+    _, two = mirrored()
+    two.restarts(machine=True)
+    found = two.may_promote(peer="one")
+    assert isinstance(found, Forbidden)
+    assert "fsynced" in found.reason
+
+
+def test_a_node_that_was_alone_before_its_machine_restarted_is_only_asked() -> None:
+    one, _ = mirrored()
+    one.begins(one)
+    one.restarts(machine=True)
+    assert isinstance(one.may_promote(), AskFirst)
