@@ -19,6 +19,7 @@ ORDER = [
     "node",
     "promotion",
     "fuse_ops",
+    "handles",
     "session",
     "standby",
     "replication",

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,15 +69,43 @@ def syncfs(descriptor: int) -> None:
     _check(_slow_libc.syncfs(descriptor))
 
 
-def unmount(path: Path) -> None:
-    """umount2(2): OSError EBUSY while anybody uses the mount."""
-    _check(_slow_libc.umount2(os.fsencode(path), 0))
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo."""
+
+    number: int
+    kind: str
 
 
-def detach_mount(path: Path) -> None:
-    """Take a mount away from `path` even if it is in use or its daemon is dead; nothing happens if there is none."""
-    with suppress(OSError):
-        _check(_slow_libc.umount2(os.fsencode(path), _MNT_DETACH))
+def top_mount(path: Path) -> Mount | None:
+    """What is mounted on exactly this path, the uppermost if there are several; `path` must be resolved."""
+    found = None
+    with open("/proc/self/mountinfo", "rb") as lines:
+        for line in lines:
+            fields, _, rest = line.partition(b" - ")
+            number, _, _, _, point, *_ = fields.split()
+            if re.sub(rb"\\(\d{3})", lambda match: bytes([int(match[1], 8)]), point) == os.fsencode(path):
+                found = Mount(int(number), rest.split()[0].decode())
+    return found
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a mirrorfs, dead or alive, is mounted on the path."""
+    mount = top_mount(path)
+    return mount is not None and mount.kind == "fuse.mirrorfs"
+
+
+def unmount(path: Path, mount: Mount | None) -> None:
+    """Unmount `mount` if it is still the uppermost on `path`; OSError EBUSY while anybody uses it."""
+    if mount is not None and top_mount(path) == mount:
+        _check(_slow_libc.umount2(os.fsencode(path), 0))
+
+
+def detach(path: Path, mount: Mount | None) -> None:
+    """Take `mount` away from `path` even if it is in use. Nothing else that is mounted there is touched."""
+    if mount is not None and top_mount(path) == mount:
+        with suppress(OSError):
+            _check(_slow_libc.umount2(os.fsencode(path), _MNT_DETACH))
 
 
 def set_immutable(path: Path, wanted: bool) -> bool:
@@ -112,7 +141,8 @@ def _close_path(path: Path, base: Path) -> None:
 def _open_path(path: Path, base: Path) -> None:
     set_immutable(path, False)
     with suppress(FileNotFoundError):
-        os.chmod(path, int(_mode_file(base).read_text(), 8))
+        text = _mode_file(base).read_text()
+        os.chmod(path, int(text, 8) if text.strip() else 0o755)
         _mode_file(base).unlink()
 
 
@@ -139,29 +169,38 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
-def _lock(base: Path, path: Path) -> int:
-    descriptor = os.open(base / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _refuse_mounted(path: Path) -> None:
+    while is_ours(path):
+        if not _is_dead(path):
+            raise MirrorfsError(f"{path}: mirrorfs is mounted there already: `mirrorfs unmount` first")
+        log.warning("%s: a dead mount was left there; detaching it", path)
+        detach(path, top_mount(path))
+
+
+def lock_file(file: Path, held: str) -> int:
+    """Lock a file for as long as the descriptor lives; MirrorfsError(held) if another process has it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise MirrorfsError(f"{path}: another mirrorfs process has it mounted: `mirrorfs unmount` first") from None
+        raise MirrorfsError(held) from None
     return descriptor
+
+
+def _lock(base: Path, path: Path) -> int:
+    return lock_file(base / "lock", f"{path}: another mirrorfs process has it mounted: `mirrorfs unmount` first")
 
 
 def adopt(path: Path, backing: Path | None = None) -> Backing:
     """Make `path` ready to be mounted over, moving what it holds underneath, and lock it.
 
-    Every step is a rename that can be repeated, so that an adoption that was interrupted goes on at the next start.
-    MirrorfsError if the path is not a directory, is in use, or holds files while `backing` is somewhere else.
+    `path` is resolved. Every step is a rename that can be repeated, so that an adoption that was interrupted goes on at the
+    next start. MirrorfsError if the path is not a directory, is in use, or holds files while `backing` is somewhere else.
     """
-    if _is_dead(path):
-        log.warning("%s: a dead mount was left there; detaching it", path)
-        detach_mount(path)
+    _refuse_mounted(path)
     if not path.is_dir():
         raise MirrorfsError(f"{path}: not a directory: make it first")
-    if os.path.ismount(path) and _fs_type(path).startswith("fuse.mirrorfs"):
-        raise MirrorfsError(f"{path}: mirrorfs is mounted there already: `mirrorfs unmount` first")
     base = path / HIDDEN if backing is None else backing
     if not base.is_dir():
         _open_path(path, base)
@@ -170,14 +209,16 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
         except OSError as error:
             raise MirrorfsError(f"{base}: cannot be made: {error.strerror}") from error
     lock = _lock(base, path)
+    before = os.stat(path)
     try:
         for room in ("tree", "orphans"):
             (base / room).mkdir(mode=0o700, exist_ok=True)
         if backing is None:
             _move_entries(path, base)
-        elif any(path.iterdir()):
+        elif _entries(path):
             raise MirrorfsError(f"{path}: has files, but the files are to be in {backing}: move them to {backing / 'tree'}")
-        _take_attributes(path, base)
+        _take_attributes(path, base, before)
+        _probe(base / "tree")
         _close_path(path, base)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         return Backing(base, os.open(base / "tree", flags), os.open(base / "orphans", flags), lock)
@@ -189,10 +230,35 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
         raise
 
 
+def _probe(tree: Path) -> None:
+    """What the tree cannot do without: file handles and trusted attributes."""
+    descriptor = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.close(open_handle(descriptor, handle_of(descriptor), os.O_PATH))
+        os.setxattr(descriptor, "trusted.mirrorfs.probe", b"")
+        os.removexattr(descriptor, "trusted.mirrorfs.probe")
+    except OSError as error:
+        raise MirrorfsError(
+            f"{tree}: this file system has no file handles or no trusted attributes ({error.strerror}), or this is not "
+            "root: use ext4, XFS or btrfs"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _entries(path: Path) -> list[bytes]:
+    """What is to be adopted: not our own room, and not what fsck keeps in the root of a file system."""
+    own = {HIDDEN.encode()} | ({b"lost+found"} if os.path.ismount(path) else set())
+    return [name for name in os.listdir(os.fsencode(path)) if name not in own]
+
+
 def _move_entries(path: Path, base: Path) -> None:
-    names = [name for name in os.listdir(os.fsencode(path)) if name != HIDDEN.encode()]
+    names = _entries(path)
     if not names:
         return
+    for name in names:
+        if os.path.ismount(os.path.join(os.fsencode(path), name)):
+            raise MirrorfsError(f"{path}: {os.fsdecode(name)!r} is a mount point: mount it elsewhere, it cannot be mirrored")
     _open_path(path, base)
     for name in names:
         target = os.path.join(os.fsencode(base / "tree"), name)
@@ -202,17 +268,17 @@ def _move_entries(path: Path, base: Path) -> None:
     log.info("%s: adopted %d entries", path, len(names))
 
 
-def _take_attributes(path: Path, base: Path) -> None:
+def _take_attributes(path: Path, base: Path, before: os.stat_result) -> None:
     """The first time, the root of the volume gets the owner, mode, attributes and times of PATH."""
     if (base / "adopted").exists():
         return
     _open_path(path, base)
-    _copy_attributes(path, base / "tree")
+    _copy_attributes(path, base / "tree", before)
     (base / "adopted").touch()
 
 
-def _copy_attributes(source: Path, target: Path) -> None:
-    before = os.stat(source)
+def _copy_attributes(source: Path, target: Path, before: os.stat_result) -> None:
+    """Owner, mode, extended attributes and the times of `before`, when the entries were not yet moved."""
     os.chown(target, before.st_uid, before.st_gid)
     os.chmod(target, stat.S_IMODE(before.st_mode))
     for name in os.listxattr(source):
@@ -221,22 +287,11 @@ def _copy_attributes(source: Path, target: Path) -> None:
     os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _fs_type(path: Path) -> str:
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            left, _, right = line.partition(b" - ")
-            if left.split()[4] == os.fsencode(path.absolute()):
-                return right.split()[0].decode()
-    return ""
-
-
 def release(path: Path, backing: Path | None = None) -> None:
     """Undo the adoption: the files stand in `path` itself again (with `backing`, they stay where they are, in its `tree`)."""
+    path = Path(os.path.realpath(path))
     base = path / HIDDEN if backing is None else backing
-    if _is_dead(path):
-        detach_mount(path)
-    if os.path.ismount(path) and _fs_type(path).startswith("fuse.mirrorfs"):
-        raise MirrorfsError(f"{path}: mirrorfs is mounted there: `mirrorfs unmount` first")
+    _refuse_mounted(path)
     if not (base / "tree").is_dir():
         raise MirrorfsError(f"{path}: not a directory that mirrorfs has adopted")
     lock = _lock(base, path)
@@ -254,12 +309,17 @@ def _release_in_place(path: Path, base: Path) -> None:
     if os.listdir(base / "orphans"):
         raise MirrorfsError(f"{base / 'orphans'}: not empty: a resync was interrupted; delete what is in it first")
     top, tree = os.fsencode(path), os.fsencode(base / "tree")
-    for name in os.listdir(tree):
+    names = os.listdir(tree)
+    for name in names:
+        if os.path.lexists(os.path.join(top, name)):
+            raise MirrorfsError(f"{path}: {os.fsdecode(name)!r} stands both in it and underneath: move one of them away")
+    before = os.stat(tree)
+    for name in names:
         os.rename(os.path.join(tree, name), os.path.join(top, name))
-    _copy_attributes(base / "tree", path)
-    os.rmdir(tree)
-    os.rmdir(base / "orphans")
+    _copy_attributes(base / "tree", path, before)
     for own in ("adopted", "lock"):
         with suppress(FileNotFoundError):
             (base / own).unlink()
+    os.rmdir(base / "orphans")
+    os.rmdir(tree)
     os.rmdir(base)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -32,6 +33,7 @@ class Daemon:
         self._stop = trio.Event()
         self._failure: MirrorfsError | None = None
         self._node: Node | None = None
+        self._mount: backing.Mount | None = None
 
     async def run(self, *, discard_local_data: bool) -> None:
         """Serve until unmounted or told to stop; raises the MirrorfsError that made it end."""
@@ -41,6 +43,7 @@ class Daemon:
             node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
             self._node = node
             session.mount(node.operations, self._path, self._config.volume)
+            self._mount = backing.top_mount(self._path)
             try:
                 nursery.start_soon(self._serve_mount)
                 await nursery.start(control.serve, self._config.node.control, self._on_command)
@@ -53,7 +56,7 @@ class Daemon:
                 nursery.cancel_scope.cancel()
             finally:
                 # Requests that still wait are answered by the kernel once nothing is mounted any more.
-                backing.detach_mount(self._path)
+                backing.detach(self._path, self._mount)
                 session.close()
         if self._failure is not None:
             raise self._failure
@@ -68,10 +71,10 @@ class Daemon:
         self._stop.set()
 
     async def _stop_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for _ in signals:
                 log.info("asked to stop")
-                await trio.to_thread.run_sync(backing.detach_mount, self._path)
+                await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
                 self._stop.set()
 
     async def _on_command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +100,7 @@ class Daemon:
         if node.primary is not None:
             node.primary.settle_all()
         try:
-            await trio.to_thread.run_sync(backing.unmount, self._path)
+            await trio.to_thread.run_sync(backing.unmount, self._path, self._mount)
         except OSError as error:
             raise MirrorfsError(
                 f"{self._path}: cannot be unmounted: {error.strerror}: `fuser -m {self._path}` shows who uses it"
@@ -118,20 +121,28 @@ def _notify_systemd(state: str) -> None:
 def run(config: Config, path: Path, *, discard_local_data: bool) -> None:
     """`mirrorfs mount`: everything from the lock to the unmount. Raises MirrorfsError for what a person can mend."""
     os.umask(0)
-    path = path.absolute()
-    state = config.node.state_dir
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    path = Path(os.path.realpath(path))  # not strict: a dead mount that was left there cannot be looked at
+    state = config.node.state_dir.resolve()
     if path == state or path in state.parents:
         raise MirrorfsError(
             f"{config.file}: nodes.{config.node.name}.state_dir: {state} lies on the mount {path}: put it elsewhere"
         )
-    under = backing.adopt(path, config.node.backing)
+    journal = Journal(state)
+    journal.load()  # a record that cannot be read says so before the directory is touched
+    lock = backing.lock_file(state / "lock", f"{state}: another mirrorfs process uses it: `mirrorfs unmount` first")
     try:
-        trio.run(_run, config, path, under, discard_local_data)
+        under = backing.adopt(path, config.node.backing)
+        try:
+            trio.run(_run, config, path, under, journal, discard_local_data)
+        finally:
+            under.close()
     finally:
-        under.close()
+        os.close(lock)
 
 
-async def _run(config: Config, path: Path, under: backing.Backing, discard_local_data: bool) -> None:
+async def _run(config: Config, path: Path, under: backing.Backing, journal: Journal, discard_local_data: bool) -> None:
     names = sorted(node.name for node in (config.node, config.peer) if node is not None)
-    keeper = Keeper(Journal(config.node.state_dir), config.node.name, names.index(config.node.name))
+    keeper = Keeper(journal, config.node.name, names.index(config.node.name))
     await Daemon(config, path, under, keeper).run(discard_local_data=discard_local_data)

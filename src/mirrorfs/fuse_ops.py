@@ -19,6 +19,7 @@ import trio
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.errors import MirrorfsError, NotPrimaryError
+from mirrorfs.handles import Handle, Listing
 from mirrorfs.replication import Primary
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -84,30 +85,6 @@ def _answered(
     return answer  # type: ignore[return-value]  # functools.wraps forgets that `self` may be given by position only
 
 
-class Handle:
-    """An open file: what the later requests on it do not say themselves."""
-
-    __slots__ = ("data_sync", "known", "reign", "sync", "uid", "written")
-
-    def __init__(self, known: Known, flags: int, uid: int, reign: int) -> None:
-        self.known = known
-        self.uid = uid
-        self.reign = reign
-        self.sync = bool(flags & os.O_DSYNC)
-        self.data_sync = flags & os.O_SYNC != os.O_SYNC
-        self.written = False
-
-
-class Listing:
-    """An open directory: the names as they were when the listing began."""
-
-    __slots__ = ("known", "names")
-
-    def __init__(self, known: Known) -> None:
-        self.known = known
-        self.names: list[bytes] = []
-
-
 class FuseOperations(pyfuse3.Operations):
     """The file system that applications see."""
 
@@ -139,7 +116,12 @@ class FuseOperations(pyfuse3.Operations):
             raise NotPrimaryError("opened in an earlier reign of this node")
         return primary
 
-    def _entry(self, known: Known) -> pyfuse3.EntryAttributes:
+    def _id(self, number: int) -> int:
+        """The id of what the kernel knows by `number`."""
+        return self._tree.table.get(number).id
+
+    def _entry(self, known: Known, *, number: int = ids.ROOT) -> pyfuse3.EntryAttributes:
+        """The attributes of a file; nothing is to be kept of what the kernel knows by a provisional `number`."""
         status = self._tree.stat(known)
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = known.id
@@ -154,7 +136,7 @@ class FuseOperations(pyfuse3.Operations):
         entry.st_atime_ns = status.st_atime_ns
         entry.st_mtime_ns = status.st_mtime_ns
         entry.st_ctime_ns = status.st_ctime_ns
-        timeout = 0.0 if self._host.primary is None else _CACHE_S
+        timeout = 0.0 if self._host.primary is None or ids.is_provisional(number) else _CACHE_S
         entry.attr_timeout = timeout
         entry.entry_timeout = timeout
         return entry
@@ -179,10 +161,28 @@ class FuseOperations(pyfuse3.Operations):
         self._files[number] = what
         return number
 
-    def _without_special(self, known: Known) -> int | None:
-        """The mode that a write by an ordinary user leaves, None if that is the present one."""
+    def _clearer(self, known: Known, ctx: pyfuse3.RequestContext) -> int:
+        """The mode bits that a write by this caller takes away: as the kernel's setattr_should_drop_sgid() has it."""
+        if ctx.uid == 0:
+            return 0
+        if self._in_group(self._tree.stat(known).st_gid, ctx):
+            return stat.S_ISUID
+        return stat.S_ISUID | stat.S_ISGID
+
+    def _in_group(self, gid: int, ctx: pyfuse3.RequestContext) -> bool:
+        if gid == ctx.gid:
+            return True
+        try:
+            return gid in pyfuse3.get_sup_groups(ctx.pid)
+        except OSError:  # of another pid namespace, or gone already
+            return False
+
+    def _without_special(self, known: Known, clears: int) -> int | None:
+        """The mode that a write leaves, None if that is the present one."""
+        if not clears:
+            return None
         mode = stat.S_IMODE(self._tree.stat(known).st_mode)
-        fresh = mode & ~stat.S_ISUID
+        fresh = mode & ~clears
         if mode & stat.S_IXGRP:
             fresh &= ~stat.S_ISGID
         return None if fresh == mode else fresh
@@ -191,28 +191,31 @@ class FuseOperations(pyfuse3.Operations):
 
     @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        known = self._tree.lookup(parent_inode, name)
+        parent = self._id(parent_inode)
+        known = self._tree.lookup(parent, name)
         if name in (b".", b".."):
             entry = self._entry(known)
             known.lookups += 1
             return entry
-        return self._looked_up(parent_inode, name, known)
+        return self._looked_up(parent, name, known)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for number, count in inode_list:
-            known = self._tree.table.find(number)
-            if known is not None and number != ids.ROOT:
-                self._tree.table.forget(known, count)
+            if number != ids.ROOT:
+                try:
+                    self._tree.table.forgotten(number, count)
+                except OSError as error:
+                    log.error("cannot close what the kernel forgot: %s", error)
 
     @_answered
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return await self._make(parent_inode, name, mode, rdev, ctx)
+        return await self._make(self._id(parent_inode), name, mode, rdev, ctx)
 
     @_answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return await self._make(parent_inode, name, mode, 0, ctx)
+        return await self._make(self._id(parent_inode), name, mode, 0, ctx)
 
     async def _make(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
@@ -229,9 +232,10 @@ class FuseOperations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         primary = self._primary()
-        gid, _ = self._group_of_new(parent_inode, ctx.gid)
-        change = ops.Symlink(parent_inode, name, self._host.new_id(), target, ctx.uid, gid)
-        return self._looked_up(parent_inode, name, await primary.change(change))
+        parent = self._id(parent_inode)
+        gid, _ = self._group_of_new(parent, ctx.gid)
+        change = ops.Symlink(parent, name, self._host.new_id(), target, ctx.uid, gid)
+        return self._looked_up(parent, name, await primary.change(change))
 
     @_answered
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -241,17 +245,17 @@ class FuseOperations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        known = self._tree.table.get(inode)
-        await self._primary().change(ops.Link(inode, new_parent_inode, new_name))
-        return self._looked_up(new_parent_inode, new_name, known)
+        known, parent = self._tree.table.get(inode), self._id(new_parent_inode)
+        await self._primary().change(ops.Link(known.id, parent, new_name))
+        return self._looked_up(parent, new_name, known)
 
     @_answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._primary().change(ops.Unlink(parent_inode, name))
+        await self._primary().change(ops.Unlink(self._id(parent_inode), name))
 
     @_answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._primary().change(ops.RemoveDirectory(parent_inode, name))
+        await self._primary().change(ops.RemoveDirectory(self._id(parent_inode), name))
 
     @_answered
     async def rename(
@@ -265,13 +269,15 @@ class FuseOperations(pyfuse3.Operations):
     ) -> None:  # the six are pyfuse3's
         if flags not in (0, pyfuse3.RENAME_NOREPLACE, pyfuse3.RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        await self._primary().change(ops.Rename(parent_inode_old, name_old, parent_inode_new, name_new, flags))
+        await self._primary().change(
+            ops.Rename(self._id(parent_inode_old), name_old, self._id(parent_inode_new), name_new, flags)
+        )
 
     # ---- attributes
 
     @_answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._entry(self._tree.table.get(inode))
+        return self._entry(self._tree.table.get(inode), number=inode)
 
     @_answered
     async def setattr(
@@ -285,10 +291,10 @@ class FuseOperations(pyfuse3.Operations):
         primary = self._primary(None if fh is None else self._files.get(fh))
         known = self._tree.table.get(inode)
         mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
-        if fields.update_size and mode is None and ctx.uid != 0:
-            mode = self._without_special(known)
+        if fields.update_size and mode is None:
+            mode = self._without_special(known, self._clearer(known, ctx))
         change = ops.SetAttributes(
-            inode,
+            known.id,
             mode=mode,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
@@ -296,24 +302,22 @@ class FuseOperations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        if change != ops.SetAttributes(inode):
+        if change != ops.SetAttributes(known.id):
             await primary.change(change, known)
-        return self._entry(known)
+        return self._entry(known, number=inode)
 
     @_answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         primary = self._primary()
         known = self._tree.table.get(inode)
-        await primary.change(ops.SetXattr(inode, name, value), known)
+        await primary.change(ops.SetXattr(known.id, name, value), known)
         if name == _ACL_ACCESS and ctx.uid != 0:
             await self._clear_foreign_setgid(primary, known, ctx)
 
     async def _clear_foreign_setgid(self, primary: Primary, known: Known, ctx: pyfuse3.RequestContext) -> None:
         """An ACL that was set by somebody outside the file's group takes its setgid bit away, as chmod(2) does."""
         status = self._tree.stat(known)
-        if not status.st_mode & stat.S_ISGID or status.st_gid == ctx.gid:
-            return
-        if status.st_gid in pyfuse3.get_sup_groups(ctx.pid):
+        if not status.st_mode & stat.S_ISGID or self._in_group(status.st_gid, ctx):
             return
         await primary.change(ops.SetAttributes(known.id, mode=stat.S_IMODE(status.st_mode) & ~stat.S_ISGID), known)
 
@@ -328,7 +332,8 @@ class FuseOperations(pyfuse3.Operations):
 
     @_answered
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._primary().change(ops.RemoveXattr(inode, name), self._tree.table.get(inode))
+        known = self._tree.table.get(inode)
+        await self._primary().change(ops.RemoveXattr(known.id, name), known)
 
     @_answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -350,36 +355,37 @@ class FuseOperations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         primary = self._primary()
-        gid, _ = self._group_of_new(parent_inode, ctx.gid)
-        change = ops.MakeNode(parent_inode, name, self._host.new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
+        parent = self._id(parent_inode)
+        gid, _ = self._group_of_new(parent, ctx.gid)
+        change = ops.MakeNode(parent, name, self._host.new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
         try:
             known = await primary.change(change)
             flags &= ~os.O_TRUNC
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
-            known = self._tree.lookup(parent_inode, name)
-        entry = self._looked_up(parent_inode, name, known)
+            known = self._tree.lookup(parent, name)
+        entry = self._looked_up(parent, name, known)
         try:
-            return await self._open(known, flags, ctx.uid), entry
+            return await self._open(known, flags, ctx), entry
         except BaseException:
             self._tree.table.forget(known, 1)
             raise
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        return await self._open(self._tree.table.get(inode), flags, ctx.uid)
+        return await self._open(self._tree.table.get(inode), flags, ctx, number=inode)
 
-    async def _open(self, known: Known, flags: int, uid: int) -> pyfuse3.FileInfo:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+    async def _open(self, known: Known, flags: int, ctx: pyfuse3.RequestContext, *, number: int = ids.ROOT) -> pyfuse3.FileInfo:
+        handle = Handle(known, flags, self._host.reign, self._clearer(known, ctx))
+        if handle.writable or flags & os.O_TRUNC:
             primary = self._primary()
             if flags & os.O_TRUNC:
-                mode = self._without_special(known) if uid != 0 else None
+                mode = self._without_special(known, handle.clears)
                 await primary.change(ops.SetAttributes(known.id, mode=mode, size=0), known)
         self._tree.table.hold(known)
-        number = self._numbered(Handle(known, flags, uid, self._host.reign))
-        keep = self._host.primary is not None
-        return pyfuse3.FileInfo(fh=number, keep_cache=keep)
+        keep = self._host.primary is not None and not ids.is_provisional(number)
+        return pyfuse3.FileInfo(fh=self._numbered(handle), keep_cache=keep)
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -398,11 +404,11 @@ class FuseOperations(pyfuse3.Operations):
         handle = self._files[fh]
         primary = self._primary(handle)
         known = handle.known
-        if known.special and handle.uid != 0:
-            mode = self._without_special(known)
+        if known.special and handle.clears:
+            mode = self._without_special(known, handle.clears)
             if mode is not None:
                 await primary.change(ops.SetAttributes(known.id, mode=mode), known)
-        handle.written = True
+        handle.unsettled = True
         written: int = await primary.change(ops.Write(known.id, off, buf), known)
         if handle.sync:
             # The kernel sends no FSYNC for asynchronous O_DIRECT writes.
@@ -415,9 +421,9 @@ class FuseOperations(pyfuse3.Operations):
 
     def _settle(self, handle: Handle) -> None:
         primary = self._host.primary
-        if handle.written and primary is not None:
+        if handle.unsettled and primary is not None:
             primary.settle(handle.known.id)
-            handle.written = False
+            handle.unsettled = False
 
     @_answered
     async def release(self, fh: int) -> None:
@@ -428,10 +434,11 @@ class FuseOperations(pyfuse3.Operations):
     @_answered
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._files[fh]
-        if self._host.primary is not None:
+        if handle.writable:
+            # Of an earlier reign it may have written what is durable nowhere: no answer but an error is true.
             await self._primary(handle).sync(handle.known, datasync)
-        elif handle.written:
-            raise NotPrimaryError("this node is not the primary any more")
+        elif self._host.primary is not None:
+            await self._host.primary.sync(handle.known, datasync)
 
     # ---- directories
 
@@ -453,8 +460,12 @@ class FuseOperations(pyfuse3.Operations):
             try:
                 known = self._listed(listing.known, name)
                 entry = self._entry(known)
-            except FileNotFoundError:
-                continue  # removed since the listing began
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ESTALE, errno.EXDEV):
+                    continue  # removed since the listing began, or something that is mounted underneath
+                if index > start_id:
+                    return  # what is in the answer counts; the error comes with the next request
+                raise
             if not pyfuse3.readdir_reply(token, name, entry, index + 1):
                 self._tree.table.drop_unused(known)
                 return

@@ -36,6 +36,7 @@ class Keeper:
         self._node = node
         self._node_bit = node_bit
         self._saving = trio.Lock()
+        self._threads = trio.CapacityLimiter(2)  # of its own: a slow disk under the tree must not delay an epoch
         self.failed: Callable[[JournalError], None] = lambda error: None
         self.boot = boot_id()
         self.record = journal.load()
@@ -47,7 +48,7 @@ class Keeper:
             fresh = change(self.record)
             if fresh != self.record:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._write, fresh)
+                    await trio.to_thread.run_sync(self._write, fresh, limiter=self._threads)
                 self.record = fresh
 
     def _write(self, fresh: Record) -> None:
@@ -70,15 +71,19 @@ class Keeper:
         forced: bool = False,
         wrote: bool = False,
         volume_id: str = "",
-        standing: Standing = Standing.IN_SYNC,
-        reason: str = "",
+        standing: Standing | None = None,
     ) -> Epoch:
-        """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment."""
+        """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment.
+
+        What this node knows of its own tree stays as it is unless `standing` says otherwise.
+        """
 
         def change(record: Record) -> Record:
             number = record.epoch.number + 1 if record.epoch else 1
             epoch = Epoch(number, os.urandom(8).hex(), primary, in_sync, forced, time.time())
-            fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch, standing=standing, reason=reason)
+            fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch)
+            if standing is not None:
+                fresh = replace(fresh, standing=standing, reason="")
             return replace(fresh, wrote=fresh.wrote | {epoch.tag}) if wrote else fresh
 
         await self._save(change)
@@ -134,7 +139,7 @@ class Keeper:
         """Reserve the next block before it is needed, so that `new_id` need not wait for the disk."""
         if self._end_counter - self._next_counter < _RESERVE_AHEAD:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._reserve)
+                await trio.to_thread.run_sync(self._reserve, limiter=self._threads)
 
     def _reserve(self) -> None:
         """Any thread: the lock makes the number on disk never go back."""

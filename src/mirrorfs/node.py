@@ -18,10 +18,11 @@ import trio
 
 from mirrorfs import backing, session
 from mirrorfs.config import Config
-from mirrorfs.core import epochs, ids, wire
+from mirrorfs.core import epochs, wire
 from mirrorfs.core.epochs import Hello, Member, Standing
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import (
+    JournalError,
     LinkLostError,
     MirrorfsError,
     ProtocolError,
@@ -33,12 +34,13 @@ from mirrorfs.promotion import Promotion
 from mirrorfs.replication import Mode, Primary
 from mirrorfs.resync import Target, empty_orphans
 from mirrorfs.standby import Standby, record_in
-from mirrorfs.tree import Tree
+from mirrorfs.tree import Tree, no_new_ids
 
 log = logging.getLogger(__name__)
 
 _SPACE_INTERVAL_S = 1.0
 _MAX_SETBACK_S = 30.0
+_SYNC_INTERVAL_S = 0.5
 
 
 @dataclass(slots=True)
@@ -88,14 +90,18 @@ class Node:
         self._told: set[str] = set()
         self.promotion = Promotion(self)
         self.role_changed = trio.Event()
-        if keeper.record.volume_id:
-            self._use_volume(keeper.record.volume_id)
+        self.verdict: epochs.Verdict | None = None
+        volume = bytes.fromhex(keeper.record.volume_id)
+        self._is_own_tree = not volume or self.tree.is_of(volume)
+        if volume and self._is_own_tree:
+            self.tree.set_volume(volume)
 
     # ---- small things
 
-    def _use_volume(self, volume_id: str) -> None:
+    def use_volume(self, volume_id: str) -> None:
+        """The tree is of this volume from now on; noted in the tree before any record says so."""
         self.tree.set_volume(bytes.fromhex(volume_id))
-        self.tree.stamp(self._under.tree, os.fstat(self._under.tree).st_ino, ids.ROOT)
+        self._is_own_tree = True
 
     def _enter(self, reason: str) -> None:
         """A role has begun or ended."""
@@ -108,11 +114,10 @@ class Node:
         self.role_changed.set()
         self.role_changed = trio.Event()
 
-    def unpin_all(self) -> None:
-        """On a new stream no file counts as introduced."""
-        for known in self.tree.table.all():
-            known.pinned = False
-            self.tree.table.drop_unused(known)
+    @property
+    def connected(self) -> bool:
+        """Whether the other node is connected, as far as this one knows."""
+        return self.link is not None and self.link.failure is None
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
@@ -172,19 +177,19 @@ class Node:
     async def lead(self, reason: str, *, mirror_to: Link | None = None) -> None:
         """Become the primary; the epoch that says so is durable already. With `mirror_to`, the peer has the same tree."""
         assert self.primary is None
-        self._use_volume(self.keeper.record.volume_id)
+        self.tree.new_id = self._found_id
+        self.tree.adopt_provisional()
         await session.invalidate(self.tree.table.all())
         primary = Primary(
             self.tree,
             self.keeper,
             freeze_on_loss=self.config.replication.on_peer_loss == "freeze",
             freeze_timeout_s=self.config.replication.freeze_timeout_s,
-            disk_failed=self._disk_failed,
+            disk_failed=self._on_disk_failure,
         )
         if mirror_to is not None:
             primary.mirror_to(mirror_to)
         await self.keeper.reserve_ahead()
-        self.tree.new_id = self._found_id
         self.standby = None
         self.reign += 1
         self.primary = primary
@@ -193,23 +198,30 @@ class Node:
     async def stop_leading(self, reason: str) -> None:
         """Not the primary any more, as the record already says; changes that wait are refused, the kernel forgets all."""
         primary, self.primary = self.primary, None
-        self.tree.new_id = lambda: None
+        self.tree.new_id = no_new_ids
         if primary is not None:
-            primary.enter(Mode.ENDED)
+            primary.retire()
         self._enter(reason)
         await session.invalidate(self.tree.table.all())
 
-    async def _disk_failed(self, error: OSError) -> None:
+    def _on_disk_failure(self, error: OSError) -> None:
+        self.nursery.start_soon(self._leave_after_disk_failure, f"the disk of this node failed: {error.strerror}")
+
+    async def _leave_after_disk_failure(self, text: str) -> None:
         """A sync failed here: this node must not be a source while the other is whole."""
-        if self.primary is None:
-            return
-        text = f"the disk of this node failed: {error.strerror}"
         log.error("%s", text)
-        await self.keeper.stand(Standing.OUTDATED, text)
-        with contextlib.suppress(MirrorfsError):
-            await self.promotion.hand_over(disk_failure=text)
-            return
-        await self.stop_leading(text)
+        try:
+            await self.keeper.stand(Standing.OUTDATED, text)
+            with contextlib.suppress(MirrorfsError):
+                await self.promotion.hand_over(disk_failed=True)
+                return
+            async with self.promotion.lock:
+                if self.primary is not None:
+                    await self.stop_leading(text)
+        except JournalError:
+            return  # the daemon ends, as `Keeper.failed` had it
+        if self.link is not None:
+            self.link.close(text)
 
     # ---- the link
 
@@ -234,19 +246,22 @@ class Node:
         except (ProtocolError, LinkLostError) as error:
             self._tell_once(f"{host}: connection refused: {error}")
             return
-        if self.link is not None:
-            why = verdict.reason if isinstance(verdict, epochs.Refuse) else f"{theirs.node} is connected already"
-            self._tell_once(f"{host}: connection refused: {why}")
+        if isinstance(verdict, epochs.Refuse):
+            self._refuse(f"{host}: connection refused: {verdict.reason}", verdict.reason)
+            await trio.sleep(1)
             return
-        if mine != self._hello():
-            return  # something changed during the greeting: greet again
+        if self.link is not None:
+            self._tell_once(f"{host}: connection refused: {theirs.node} is connected already")
+            return
+        if mine != self._hello() or self.promotion.lock.locked():
+            return  # something changed during the greeting, or is about to: greet again
         link = Link(
             connection,
             decoder,
             ack_timeout_s=self.config.replication.ack_timeout_s,
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
-        self.link, self.peer = link, theirs
+        self.link, self.peer, self.verdict = link, theirs, verdict
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(link.run)
@@ -256,6 +271,11 @@ class Node:
             link.close()
             with trio.CancelScope(shield=True):
                 await self._link_ended(str(link.failure))
+
+    def _refuse(self, text: str, reason: str) -> None:
+        self._tell_once(text)
+        if self.primary is None and self.link is None:
+            self.reason = reason
 
     async def _guarded(self, link: Link, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a task of a link: whatever goes wrong in it ends the link, not the daemon."""
@@ -269,7 +289,7 @@ class Node:
         except OSError as error:
             log.error("%s: the connection is ended: %s", self.peer_name, error)
             link.close(error.strerror or str(error))
-        except (TypeError, ValueError, LookupError, OverflowError) as error:
+        except Exception as error:
             # Well formed, and it makes no sense; or a defect here, which must not end the mount either.
             log.exception("%s: the connection is ended: what it sent makes no sense", self.peer_name)
             link.close(f"a message that makes no sense: {error!r}")
@@ -277,7 +297,7 @@ class Node:
     def _recognised(self, content: dict[str, Any]) -> Hello:
         try:
             hello = epochs.unpack_hello(content)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"a malformed HELLO: {error!r}") from error
         peer = self.config.peer
         if hello.volume == self.config.volume and hello.node not in (self.config.node.name, peer.name if peer else ""):
@@ -285,14 +305,16 @@ class Node:
         return hello
 
     async def _link_ended(self, reason: str) -> None:
-        peer, self.link, self._peer_space = self.peer, None, None
+        self.link, self._peer_space, self.verdict = None, None, None
         self.peer_joined = False
         self.peer_lost_at = time.strftime("%Y-%m-%d %H:%M:%S")
-        if self.primary is not None:
-            before = self.primary.mode
-            await self.primary.peer_lost(reason)
-            if before is not self.primary.mode:
-                self._enter(f"{peer.node if peer else 'the peer'} was lost: {reason}")
+        primary = self.primary
+        if primary is not None:
+            before = primary.mode
+            with contextlib.suppress(JournalError):  # then the daemon ends, as `Keeper.failed` had it
+                await primary.peer_lost(reason)
+            if self.primary is primary and before is not primary.mode:
+                self._enter(f"{self.peer_name} was lost: {reason}")
         elif self.standby is not None:
             failure, self.standby = self.standby.failure, None
             self._setbacks += bool(failure)
@@ -302,12 +324,6 @@ class Node:
         theirs = self.peer
         assert theirs is not None
         match verdict:
-            case epochs.Refuse(reason):
-                self._tell_once(f"{theirs.node}: {reason}")
-                if self.primary is None:
-                    self.reason = reason
-                await trio.sleep(1)
-                return
             case epochs.Wait(reason):
                 if self.primary is None:
                     self.reason = reason
@@ -317,13 +333,15 @@ class Node:
             case epochs.Resume(primary, reason):
                 self.split_brain = ""
                 if primary == self.config.node.name:
-                    await self._source(link, theirs, reason)
+                    await self._source(link, theirs)
                 elif self.primary is not None:
                     if mine != self._hello():
                         return  # something was acknowledged here since: greet again
                     await self.stop_leading(reason)
                 else:
                     self.reason = f"waiting for {primary}: {reason}"
+            case epochs.Refuse():
+                raise AssertionError("refused before")
         nursery.start_soon(self._guarded, link, self._send_space, link)
         while True:
             for frame in await link.receive():
@@ -336,23 +354,29 @@ class Node:
         text = f"split brain: {reason}; neither side's data is touched"
         self.split_brain = text
         self._tell_once(text)
-        if self.primary is not None and stops == self.config.node.name:
+        if self.primary is not None and stops == self.config.node.name and self.peer is not None and self.peer.serving:
             await self.stop_leading(text)
         self.reason = text
 
-    async def _source(self, link: Link, theirs: Hello, reason: str) -> None:
-        """Bring the other node to the same tree and let it follow."""
+    async def _source(self, link: Link, theirs: Hello) -> None:
+        """Ask the other node to follow: it durably gives up what it was before this node serves or copies anything."""
         async with self.promotion.lock:
             epoch = self.keeper.record.epoch
             assert epoch is not None
-            if self.primary is None or epoch.has(theirs.node):
+            if self.primary is not None and epoch.has(theirs.node):
                 await self.keeper.begin(self.config.node.name, frozenset({self.keeper.me()}), wrote=self.keeper.wrote_alone)
-            if self.primary is None:
-                await self.lead(reason)
+        link.streams += 1
         link.send_message(Kind.FOLLOW, epochs.pack_record(self.keeper.record))
 
     async def _copy(self, link: Link, theirs: Hello) -> None:
-        primary = self.primary
+        """The other node follows: serve if nobody does, and bring it to the same tree."""
+        async with self.promotion.lock:
+            if not (isinstance(self.verdict, epochs.Resume) and self.verdict.primary == self.config.node.name):
+                raise ProtocolError("FOLLOWING from a node that was not asked to follow")
+            if self.primary is None:
+                await self.keeper.begin(self.config.node.name, frozenset({self.keeper.me()}), wrote=self.keeper.wrote_alone)
+                await self.lead(self.verdict.reason)
+            primary = self.primary
         if primary is None:
             return
         started = time.monotonic()
@@ -402,7 +426,7 @@ class Node:
                 self.peer_joined = True
                 self._enter(f"{self.peer_name} is in sync")
             case Kind.HANDOVER_WANTED:
-                nursery.start_soon(self.promotion.hand_over_when_asked)
+                self.nursery.start_soon(self.promotion.hand_over_when_asked)
             case Kind.HANDOVER:
                 await self.promotion.take_over(record_in(frame), link)
             case Kind.FAILED:
@@ -432,12 +456,16 @@ class Node:
         link.send_message(Kind.FOLLOWING)
 
     async def _become_target(self, theirs: epochs.Record, link: Link, nursery: trio.Nursery) -> None:
+        mine = self.keeper.record
+        if any(epoch.tag in mine.wrote and not theirs.knows(epoch) for epoch in mine.epochs):
+            raise ProtocolError("FOLLOW for a node that acknowledged changes which the other does not know of")
+        link.streams += 1
+        self.use_volume(theirs.volume_id)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         await self.keeper.adopt(theirs, Standing.RESYNCING, f"a copy from {self.peer_name} began at {since}")
         self._discard = False
-        self._use_volume(theirs.volume_id)
         await trio.to_thread.run_sync(empty_orphans, self._under.orphans)
-        self.unpin_all()
+        self.tree.table.begin_era()
         self.tree.table.close_idle()
         await session.invalidate(self.tree.table.all())
         self.standby = Standby(
@@ -453,9 +481,11 @@ class Node:
     # ---- from start to end
 
     async def begin(self, nursery: trio.Nursery) -> None:
-        """Look for the other node, or run alone where none is configured."""
+        """Look for the other node, or run alone where none is configured; MirrorfsError if the tree is not the record's."""
         peer, own = self.config.peer, self.config.node
+        await self._check_tree()
         nursery.start_soon(self._housekeeping)
+        nursery.start_soon(self._sync_idle)
         if peer is None:
             await self._begin_alone()
         elif own.name < peer.name:
@@ -463,15 +493,45 @@ class Node:
         else:
             nursery.start_soon(dial, own.address, peer.address, peer.port, self._visit)
 
-    async def _begin_alone(self) -> None:
-        record = self.keeper.record
-        if record.standing is not Standing.IN_SYNC:
-            self._enter(f"this node is {record.standing.value}: {record.reason}")
+    async def _check_tree(self) -> None:
+        """The record must be this tree's: an empty disk, or one that is not mounted, must never become the source."""
+        if self._is_own_tree:
             return
-        await self.keeper.begin(
-            self.config.node.name, frozenset({self.keeper.me()}), wrote=True, volume_id=os.urandom(16).hex()
-        )
+        if not self._discard:
+            raise MirrorfsError(
+                f"{self._under.base}: not the directory that the record in {self.config.node.state_dir} belongs to: is its "
+                "disk mounted? If the disk was replaced, start with --discard-local-data to have it copied from the other node"
+            )
+        self.tree.set_volume(bytes.fromhex(self.keeper.record.volume_id))
+        await self.keeper.stand(Standing.OUTDATED, "its directory was replaced")
+
+    async def _begin_alone(self) -> None:
+        record, name = self.keeper.record, self.config.node.name
+        decision = epochs.may_promote(record, name, self.keeper.boot, peer=None, met=None, lost_at="")
+        if not isinstance(decision, epochs.Allowed):
+            self._enter(decision.reason)
+            return
+        volume_id = record.volume_id or os.urandom(16).hex()
+        self.use_volume(volume_id)
+        await self.keeper.begin(name, frozenset({self.keeper.me()}), wrote=True, volume_id=volume_id)
         await self.lead("no peer is configured: this node runs alone")
+
+    async def _sync_idle(self) -> None:
+        """Keep the number of descriptors with unsynced writes that nobody has open within bounds."""
+        while True:
+            await trio.sleep(_SYNC_INTERVAL_S)
+            if not self.tree.table.is_crowded:
+                continue
+            versions = self.tree.table.unsynced_idle()
+            try:
+                await trio.to_thread.run_sync(self.tree.syncfs)
+            except OSError as error:
+                if self.primary is not None:
+                    self.primary.disk_failed(error)
+                elif self.standby is not None:
+                    await self.standby.sync_failed(error)
+                continue
+            self.tree.table.note_synced(versions)
 
     async def _housekeeping(self) -> None:
         while True:

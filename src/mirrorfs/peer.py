@@ -37,7 +37,9 @@ class Link:
     ) -> None:
         self._socket = connection
         self._decoder = decoder
-        self._early = list(decoder.feed(b""))  # what came in one piece with the greeting
+        self._early = True  # frames may have come in one piece with the greeting
+        self._listening = False
+        self.streams = 0
         self._ack_timeout_s = ack_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._outbox: deque[memoryview] = deque()
@@ -89,19 +91,32 @@ class Link:
 
     async def receive(self) -> list[Frame]:
         """The frames that have arrived, at least one; raises LinkLostError or ProtocolError when there will be no more."""
-        early, self._early = self._early, []
-        if early:
-            return early
+        while True:
+            data = b"" if self._early else await self._read()
+            self._early = False
+            frames = []
+            for frame in self._decoder.feed(data):
+                if frame.kind is Kind.HEARTBEAT:
+                    self._busy_s = frame.offset / 1000
+                else:
+                    frames.append(frame)
+            if frames:
+                return frames
+
+    async def _read(self) -> bytes:
         while True:
             if self.failure is not None:
                 raise self.failure
             try:
                 data = self._socket.recv(_READ_SIZE)
             except BlockingIOError:
+                self._listening = True
                 try:
                     await trio.lowlevel.wait_readable(self._socket)
                 except trio.ClosedResourceError:
                     raise self.failure or LinkLostError("the connection was closed") from None
+                finally:
+                    self._listening = False
                 continue
             except OSError as error:
                 raise self.failure or LinkLostError(f"the connection broke: {error.strerror}") from error
@@ -110,13 +125,7 @@ class Link:
                     raise ProtocolError("the connection ended inside a frame")
                 raise LinkLostError("the connection was closed")
             self._heard = True
-            frames = list(self._decoder.feed(data))
-            for frame in frames:
-                if frame.kind is Kind.HEARTBEAT:
-                    self._busy_s = frame.offset / 1000
-            frames = [frame for frame in frames if frame.kind is not Kind.HEARTBEAT]
-            if frames:
-                return frames
+            return data
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the link until it is closed: the writer, the heartbeats, the watch for silence."""
@@ -198,14 +207,15 @@ class Link:
                         self._outbox_bytes += len(beat) - sent
 
     async def _watch(self) -> None:
-        """End the link after a silence. Time in which this process itself stood still does not count as the peer's silence."""
+        """End the link after a silence. Time in which this node stood still or did not listen is not the peer's silence."""
         step = min(0.1, self._ack_timeout_s / 10)
         silence = 0.0
         while True:
             before = time.monotonic()
             self._ticked = before
             await trio.sleep(step)
-            silence = 0.0 if self._heard else silence + min(time.monotonic() - before, 2 * step)
+            waited = min(time.monotonic() - before, 2 * step)
+            silence = silence + waited if self._listening and not self._heard else 0.0
             self._heard = False
             if self._outbox:
                 self._writable.set()  # a heartbeat may have left a part of itself there
@@ -219,8 +229,11 @@ class Link:
 
 async def greet(connection: socket.socket, hello: dict[str, Any]) -> tuple[dict[str, Any], wire.Decoder]:
     """Say preamble and HELLO, and return the other's HELLO; raises ProtocolError or LinkLostError."""
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection.dup()))
     decoder = wire.Decoder()
+    try:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection.dup()))
+    except OSError as error:
+        raise LinkLostError(f"the connection broke in the greeting: {error}") from error
     async with stream:
         try:
             with trio.fail_after(_GREETING_TIMEOUT_S):
@@ -272,16 +285,20 @@ async def listen(
 
     async def serve(stream: trio.SocketStream) -> None:
         nonlocal strangers
-        host, *_ = stream.socket.getpeername()
-        if strangers >= _MAX_STRANGERS:
-            log.warning("%s: too many connections that have not greeted; this one is refused", host)
-            await stream.aclose()
-            return
-        connection = socket.socket(fileno=stream.socket.detach())
+        try:
+            host, *_ = stream.socket.getpeername()
+            connection = socket.socket(fileno=stream.socket.detach())
+        except OSError:
+            return  # gone before it was looked at, as after a port scan
         strangers += 1
         try:
+            if strangers > _MAX_STRANGERS:
+                log.warning("%s: too many connections at once; this one is refused", host)
+                return
             _prepare(connection)
             await visitor(connection, str(host))
+        except OSError as error:
+            log.warning("%s: the connection broke: %s", host, error.strerror)
         finally:
             strangers -= 1
             connection.close()

@@ -11,7 +11,6 @@ from mirrorfs.core.epochs import Member, Standing
 from mirrorfs.core.wire import Kind
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, ProtocolError, RefusedError
 from mirrorfs.peer import Link
-from mirrorfs.replication import Mode
 from mirrorfs.standby import Standby
 
 if TYPE_CHECKING:
@@ -38,10 +37,10 @@ class Promotion:
             if self._node.link is not None:
                 self._node.link.send_message(Kind.REFUSED, str(error))
 
-    async def hand_over(self, *, disk_failure: str = "") -> None:
+    async def hand_over(self, *, disk_failed: bool = False) -> None:
         """Give the role to the in-sync peer: drained, durable, told. Afterwards this node follows.
 
-        After a `disk_failure` it does not: it is outdated, and out of the in-sync set.
+        After its disk failed it does not: it is out of the in-sync set, and outdated by its record.
         """
         node = self._node
         async with self.lock:
@@ -53,16 +52,24 @@ class Promotion:
                 raise MirrorfsError(f"{peer.node} was lost while the stream was drained; this node goes on")
             # Nothing waits for an acknowledgement now, and nothing may begin: what comes is refused from here on, so that a
             # link that breaks below leaves a node that has given the role up, and a record that says to whom.
-            primary.enter(Mode.ENDED)
-            members = {Member(peer.node, peer.boot)} | (set() if disk_failure else {node.keeper.me()})
-            standing = Standing.OUTDATED if disk_failure else Standing.IN_SYNC
-            await node.keeper.begin(peer.node, frozenset(members), standing=standing, reason=disk_failure)
-            link.send_message(Kind.HANDOVER, epochs.pack_record(node.keeper.record))
-            invalidated = trio.Event()
-            if node.link is link and not disk_failure:
-                node.standby = Standby(node.tree, node.keeper, link, node.nursery, target=None, before_first=invalidated.wait)
-            node.unpin_all()
-            await node.stop_leading(f"handed over to {peer.node}")
+            primary.retire()
+            members = {Member(peer.node, peer.boot)} | (set() if disk_failed else {node.keeper.me()})
+            with trio.CancelScope(shield=True):
+                await node.keeper.begin(peer.node, frozenset(members))
+                link.streams += 1
+                link.send_message(Kind.HANDOVER, epochs.pack_record(node.keeper.record))
+                await self._follow_on(link, peer.node, disk_failed=disk_failed)
+
+    async def _follow_on(self, link: Link, peer: str, *, disk_failed: bool) -> None:
+        """Follow the node that was handed over to, on the same link; its changes wait until the kernel has forgotten all."""
+        node = self._node
+        invalidated = trio.Event()
+        if node.link is link and not disk_failed:
+            node.standby = Standby(node.tree, node.keeper, link, node.nursery, target=None, before_first=invalidated.wait)
+        node.tree.table.begin_era()
+        try:
+            await node.stop_leading(f"handed over to {peer}")
+        finally:
             invalidated.set()
 
     async def take_over(self, theirs: epochs.Record, link: Link) -> None:
@@ -73,7 +80,8 @@ class Promotion:
                 raise ProtocolError("HANDOVER to a node that is not in sync")
             node.standby.acknowledge()
             await node.keeper.adopt(theirs, Standing.IN_SYNC, "")
-            node.unpin_all()
+            link.streams += 1
+            node.tree.table.begin_era()
             epoch = node.keeper.record.epoch
             assert epoch is not None
             node.peer_joined = epoch.has(node.peer.node)
@@ -87,19 +95,22 @@ class Promotion:
         name = node.config.node.name
         if node.primary is not None:
             return f"{name} is the primary already"
-        if node.standby is not None and node.link is not None:
+        if node.standby is not None and node.connected:
             return await self._ask_for_handover(force=force)
         async with self.lock:
             if node.primary is not None:
                 return f"{name} is the primary already"
             forced = self._decide(yes=yes, force=force)
             new = node.keeper.record.epoch is None
+            volume_id = node.keeper.record.volume_id or os.urandom(16).hex()
+            node.use_volume(volume_id)
             await node.keeper.begin(
                 name,
                 frozenset({node.keeper.me()}),
                 forced=forced,
                 wrote=node.config.peer is not None,
-                volume_id=os.urandom(16).hex(),
+                volume_id=volume_id,
+                standing=Standing.IN_SYNC,
             )
             await node.lead("promoted by force" if forced else "promoted by hand")
             if node.link is not None:
@@ -111,14 +122,15 @@ class Promotion:
     def _decide(self, *, yes: bool, force: bool) -> bool:
         """Raise what stands against a promotion; returns whether it is one by force."""
         node, peer = self._node, self._node.config.peer
-        if node.peer is not None and node.link is not None and node.peer.serving and not node.split_brain:
-            raise MirrorfsError(f"{node.peer_name} is the primary: run `mirrorfs demote` there first")
+        met = node.peer if node.connected and not node.split_brain else None
+        if met is not None and isinstance(node.verdict, epochs.Resume) and node.verdict.primary == met.node:
+            raise MirrorfsError(f"{met.node} is the primary or about to be: promote again when this node follows it")
         decision = epochs.may_promote(
             node.keeper.record,
             node.config.node.name,
             node.keeper.boot,
             peer=peer.name if peer else None,
-            peer_seen=node.link is not None and not node.split_brain,
+            met=met,
             lost_at=node.peer_lost_at,
         )
         if isinstance(decision, epochs.Forbidden) and not force:
@@ -144,7 +156,7 @@ class Promotion:
         node.refusal = ""
         link.send_message(Kind.HANDOVER_WANTED)
         with trio.move_on_after(_HANDOVER_S):
-            while node.primary is None and node.link is link and not node.refusal:
+            while node.primary is None and node.link is link and node.connected and not node.refusal:
                 await node.role_changed.wait()
             if node.primary is not None:
                 return f"{node.config.node.name} is the primary, taken over from {node.peer_name}"

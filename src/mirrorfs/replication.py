@@ -12,11 +12,10 @@ The mode says what an acknowledgement needs:
     ENDED     this node is not the primary any more
 """
 
-import errno
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
 
@@ -26,7 +25,7 @@ from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.core.epochs import Member
 from mirrorfs.core.wire import Frame, Kind
-from mirrorfs.errors import FrozenError, NotPrimaryError
+from mirrorfs.errors import FrozenError, NotPrimaryError, ProtocolError
 from mirrorfs.keeper import Keeper
 from mirrorfs.peer import Link
 from mirrorfs.resync import Copier
@@ -54,7 +53,8 @@ class Mode(Enum):
 class Primary:
     """This node while it is the primary.
 
-    `disk_failed` is called when a sync failed here: the node must hand over or stop.
+    `disk_failed` is called when a sync failed here: the node must hand over or stop. It must not be awaited by a request, whose
+    locks in the kernel a change of roles needs.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Primary:
         *,
         freeze_on_loss: bool,
         freeze_timeout_s: float,
-        disk_failed: Callable[[OSError], Awaitable[None]],
+        disk_failed: Callable[[OSError], None],
     ) -> None:
         self.tree = tree
         self.keeper = keeper
@@ -80,6 +80,7 @@ class Primary:
         self._introduced: set[int] = set()
         self._unsettled: dict[int, Known] = {}
         self._flush_both = False
+        self._disk_is_bad = False
 
     # ---- what fuse_ops calls
 
@@ -130,7 +131,13 @@ class Primary:
         if local:
             return result, 0, failure
         self._note_unsettled(change)
-        return result, self._send(change), failure
+        try:
+            return result, self._send(change, result if isinstance(result, Known) else None), failure
+        except OSError as error:
+            # The change is made here: a target that cannot be told of it must be copied to again.
+            assert self.stream is not None
+            self.stream.link.close(f"a change could not be sent: {error.strerror}")
+            return result, self.stream.sent, failure
 
     async def sync(self, known: Known, data_only: bool) -> None:
         """fsync on both nodes at once; OSError if this node's disk failed."""
@@ -138,26 +145,29 @@ class Primary:
         stream, version = self.stream, known.version
         sequence = self._send_sync(known, data_only)
         descriptor = self._descriptor_to_sync(known)
+        failure: OSError | None = None
+
+        async def sync_here() -> None:
+            nonlocal failure
+            try:
+                await trio.to_thread.run_sync(os.fdatasync if data_only else os.fsync, descriptor)
+            except OSError as error:
+                failure = error
+                nursery.cancel_scope.cancel()
+
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(sync_here)
                 if sequence:
                     assert stream is not None
-                    nursery.start_soon(stream.flushed, sequence)
-                flush = os.fdatasync if data_only else os.fsync
-                try:
-                    await trio.to_thread.run_sync(flush, descriptor)
-                except OSError as error:
-                    nursery.cancel_scope.cancel()
-                    raise error from None
-        except* OSError as group:
-            failed = group.exceptions[0]
-            assert isinstance(failed, OSError)
-            await self._disk_failed(failed)
-            raise OSError(failed.errno, os.strerror(failed.errno or errno.EIO)) from failed
+                    await stream.flushed(sequence)
         finally:
             if known.is_directory:
                 os.close(descriptor)
             self.tree.table.let_go(known)
+        if failure is not None:
+            self.disk_failed(failure)
+            raise failure
         known.synced = max(known.synced, version)
         if sequence and stream is not None and not stream.broken:
             return
@@ -173,6 +183,14 @@ class Primary:
         elif not self._flush_both or known.id not in self.copier.introduced:
             return 0
         return self.stream.put_flush(ops.Sync(known.id, data_only))
+
+    def disk_failed(self, error: OSError) -> None:
+        """A sync failed here, and is never tried again: nothing more is acknowledged by this node."""
+        self.loss = f"the disk of this node failed: {error.strerror}"
+        if self.mode is not Mode.ENDED and not self._disk_is_bad:
+            self._disk_is_bad = True
+            self.enter(Mode.FROZEN)
+            self._disk_failed(error)
 
     def _descriptor_to_sync(self, known: Known) -> int:
         descriptor = self.tree.table.hold(known)
@@ -236,11 +254,11 @@ class Primary:
 
     # ---- sending
 
-    def _send(self, change: ops.Change) -> int:
+    def _send(self, change: ops.Change, lost: Known | None = None) -> int:
         if self.stream is None:
             return 0
         if self.copier is not None:
-            return self.copier.send(change)
+            return self.copier.send(change, lost)
         sequence = self.stream.put(change)
         match change:
             case ops.MakeNode() | ops.Symlink():
@@ -268,16 +286,15 @@ class Primary:
 
     def _introduce(self, number: int) -> None:
         """Make sure that the peer knows the file by its id: its first mention on the stream carries parent and name."""
-        if number in self._introduced or number == ids.ROOT:
-            return
-        known = self.tree.table.get(number)
-        if not known.names:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        parent, name = known.names[-1]
-        self._introduce(parent)
         assert self.stream is not None
-        self.stream.put(ops.Introduce(parent, name, number))
-        self._introduced.add(number)
+        missing: list[ops.Introduce] = []
+        while number not in self._introduced and number != ids.ROOT:
+            parent, name = self.tree.place_of(self.tree.table.get(number))
+            missing.append(ops.Introduce(parent, name, number))
+            number = parent
+        for introduction in reversed(missing):
+            self.stream.put(introduction)
+            self._introduced.add(introduction.file)
 
     def _introduce_if_linked(self, parent: int, name: bytes) -> None:
         """A file that loses one of several names may have no other that this node could introduce it by later."""
@@ -360,7 +377,8 @@ class Primary:
 
     async def begin_copy(self, link: Link) -> Copier:
         """Begin to bring a following peer to the same tree; the peer does not count until `join`."""
-        assert self.mode is not Mode.MIRRORED
+        if self.mode not in (Mode.ALONE, Mode.FROZEN) or self.stream is not None:
+            raise ProtocolError("FOLLOWING from a node that was not asked to follow")
         self.stream = Stream(link)
         self.copier = Copier(self.tree, self.stream, note_unsettled=self._unsettle)
         return self.copier
@@ -373,19 +391,20 @@ class Primary:
 
     async def join(self, peer: Member) -> bool:
         """The copy is complete: make a checkpoint, then let the peer into the in-sync set; False if it was lost meanwhile."""
-        stream, copier = self.stream, self.copier
-        assert stream is not None
-        assert copier is not None
+        stream = self.stream
+        if stream is None or not self._may_join(stream):
+            return False
         self._flush_both = True  # what is fsynced from here on is fsynced on both
         self.settle_all()
         sequence = stream.put_flush(ops.Checkpoint())
         await trio.to_thread.run_sync(self.tree.syncfs)
-        if not await stream.flushed(sequence):
+        if not await stream.flushed(sequence) or not self._may_join(stream):
             return False
         self.settle_all()
         await self.keeper.begin(self._own_name(), frozenset({self.keeper.me(), peer}))
-        if stream is not self.stream or stream.broken:
-            await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=True)
+        if not self._may_join(stream):
+            if self.mode is not Mode.ENDED:
+                await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=True)
             return False
         # From here on every acknowledgement waits for the peer; the peer learns it in the stream, after all it depends on.
         self.copier = None
@@ -393,6 +412,10 @@ class Primary:
         self._introduced.clear()
         self.enter(Mode.MIRRORED)
         return True
+
+    def _may_join(self, stream: Stream) -> bool:
+        """Whether the copy that began on this stream may still end in a join."""
+        return stream is self.stream and not stream.broken and self.mode is not Mode.ENDED
 
     def _own_name(self) -> str:
         return self.keeper.me().node
@@ -414,6 +437,8 @@ class Primary:
             await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=self.keeper.wrote_alone)
 
     async def _go_on_without(self, reason: str, pending: bool) -> None:
+        if self._disk_is_bad:
+            return  # frozen, until the node has stopped
         self.loss = reason
         if self._freeze_on_loss:
             self.enter(Mode.FROZEN)
@@ -425,6 +450,15 @@ class Primary:
         if self.mode is Mode.LOST:
             self.enter(Mode.ALONE)
 
+    def retire(self) -> None:
+        """This node is not the primary any more: who waits is refused, nothing is sent any more."""
+        self.enter(Mode.ENDED)
+        stream, self.stream, self.copier = self.stream, None, None
+        if stream is not None:
+            stream.end()
+        for number in list(self._unsettled):
+            self._settle(number)
+
     async def drain(self) -> bool:
         """Freeze, and wait until the peer has everything; False if it was lost meanwhile."""
         stream = self.stream
@@ -435,7 +469,7 @@ class Primary:
 
     def on_frame(self, frame: Frame) -> bool:
         """Take in what the peer says about the stream; False if the frame is not about that."""
-        if self.stream is None:
+        if self.stream is None or frame.offset != self.stream.number:
             return False
         if frame.kind is Kind.ACK:
             self.stream.on_ack(frame.sequence)

@@ -34,6 +34,7 @@ _PIECE: Final = 512 << 10
 #: What may be on its way at once: a live change waits behind no more than this.
 _MAX_IN_FLIGHT: Final = 4 << 20
 _ENTRY_COST: Final = 4 << 10
+_MAX_XATTRS: Final = 3 << 20
 
 
 class Copier:
@@ -52,16 +53,20 @@ class Copier:
         self._held: dict[int, Known] = {}
         self._on_the_way: deque[tuple[int, int]] = deque()
         self._on_the_way_bytes = 0
+        self._finished = False
 
     # ---- live changes
 
-    def send(self, change: ops.Change) -> int:
-        """Send what the target needs of a change that was just made here; returns the last sequence number (0: nothing)."""
+    def send(self, change: ops.Change, lost: Known | None) -> int:
+        """Send what the target needs of a change that was just made here; returns the last sequence number (0: nothing).
+
+        `lost` is the file that lost a name by it.
+        """
         match change:
             case ops.MakeNode() | ops.Symlink() | ops.Link():
                 self._name_holds(change.parent, change.name)
             case ops.Unlink() | ops.RemoveDirectory():
-                self._vanish(change.parent, change.name)
+                self._vanish(change.parent, change.name, gone=lost is not None and lost.gone)
             case ops.Rename():
                 self._name_holds(change.new_parent, change.new_name, moved=True)
                 if change.flags & RENAME_EXCHANGE:
@@ -93,20 +98,11 @@ class Copier:
         known = self.tree.table.get(number)
         parent = self.tree.parent_of(known)
         self._introduce_directory(parent)
-        self.introduce(parent, self._name_in(parent, known), known)
+        self.introduce(parent, self.tree.name_in(parent, known), known)
 
-    def _name_in(self, parent: int, known: Known) -> bytes:
-        for above, name in known.names:
-            if above == parent:
-                return name
-        for name in self.tree.names(self.tree.table.get(parent)):
-            if self.tree.lookup(parent, name) is known:
-                return name
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-    def _vanish(self, parent: int, name: bytes) -> None:
+    def _vanish(self, parent: int, name: bytes, *, gone: bool = False) -> None:
         if parent in self.introduced:
-            self.stream.put(ops.Vanish(parent, name))
+            self.stream.put(ops.Vanish(parent, name, gone))
 
     # ---- the copy
 
@@ -115,6 +111,9 @@ class Copier:
         status = self.tree.stat(known)
         first = known.id not in self.introduced
         regular, directory = stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode)
+        xattrs = tuple((key, self.tree.xattr(known, key)) for key in self.tree.xattrs(known)) if first else ()
+        if sum(len(key) + len(value) for key, value in xattrs) > _MAX_XATTRS:
+            raise OSError(errno.E2BIG, f"the extended attributes of {os.fsdecode(name)!r} are too large to be copied")
         self.stream.put(
             ops.Entry(
                 parent,
@@ -126,11 +125,13 @@ class Copier:
                 status.st_rdev,
                 status.st_size if regular else 0,
                 self.tree.readlink(known) if stat.S_ISLNK(status.st_mode) else b"",
-                tuple((key, self.tree.xattr(known, key)) for key in self.tree.xattrs(known)) if first else (),
+                xattrs,
             )
         )
         if parent:
             self._note_unsettled(parent)
+            if known.lookups and (parent, name) not in known.names:
+                known.names.insert(0, (parent, name))  # one more way to introduce it later
         if not first:
             return
         self.introduced.add(known.id)
@@ -145,6 +146,9 @@ class Copier:
             self.files_done += 1
 
     def _queue(self, queue: deque[int], known: Known) -> None:
+        if self._finished:
+            self.files_done += 1
+            return  # made since: it was empty then, and all that came after is on the stream
         known.kept += 1
         self._held[known.id] = known
         queue.append(known.id)
@@ -169,6 +173,7 @@ class Copier:
                     await self._copy_directory(known)
                 self._note_unsettled(known.id)
                 self._done(known)
+            self._finished = True
         finally:
             for known in list(self._held.values()):
                 self._done(known)
@@ -253,7 +258,7 @@ class Target:
             case ops.CopyData():
                 self._copy_data(change)
             case ops.Vanish():
-                self._clear(change.parent, change.name)
+                self._clear(change.parent, change.name, gone=change.gone)
             case ops.DirectoryDone():
                 self._directory_done(change.directory)
             case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
@@ -271,7 +276,7 @@ class Target:
             self._root(entry)
             return
         known = self.tree.table.find(entry.file)
-        if known is not None and known.pinned:
+        if known is not None and self.tree.table.is_pinned(known):
             if self._introduced_here(entry.parent, entry.name) is not known:
                 self._place(known, entry)
             return
@@ -280,11 +285,11 @@ class Target:
         else:
             self._clear(entry.parent, entry.name)
             known = self._make(entry)
-        known.pinned = True
+        self.tree.table.pin(known)
 
     def _root(self, entry: ops.Entry) -> None:
         root = self.tree.table.get(ids.ROOT)
-        root.pinned = True
+        self.tree.table.pin(root)
         self.stale[ids.ROOT] = set(self.tree.names(root))
         self._attributes(root, entry)
 
@@ -366,7 +371,7 @@ class Target:
         for name, value in wanted.items():
             self.tree.apply(ops.SetXattr(known.id, name, value))
 
-    def _clear(self, parent: int, name: bytes) -> None:
+    def _clear(self, parent: int, name: bytes, *, gone: bool = False) -> None:
         """Take away whatever stands under a name: what may still be needed waits in `orphans`."""
         here = self._introduced_here(parent, name)
         directory = self.tree.table.descriptor(self.tree.table.get(parent))
@@ -375,24 +380,28 @@ class Target:
             is_directory = stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
         except FileNotFoundError:
             return
-        if here is not None or is_directory:
+        if is_directory or (here is not None and not gone):
             self._count += 1
             os.rename(name, b"%d" % self._count, src_dir_fd=directory, dst_dir_fd=self._orphans)
         else:
             os.unlink(name, dir_fd=directory)
+            if here is not None:
+                here.gone = self.tree.stat(here).st_nlink == 0
 
     def _directory_done(self, number: int) -> None:
         for name in list(self.stale.pop(number, ())):
             self._clear(number, name)
 
-    async def finish(self) -> None:
-        """The copy is complete: what waits in `orphans` is needed no more, and no id is taken for known by the source."""
-        await trio.to_thread.run_sync(empty_orphans, self._orphans)
+    async def clean_up(self) -> None:
+        """The copy is complete and a new era has begun: what waits in `orphans` goes, and what nobody needs in the table."""
         for count, known in enumerate(self.tree.table.all()):
-            known.pinned = False
             self.tree.table.drop_unused(known)
             if count % 1000 == 999:
                 await trio.lowlevel.checkpoint()
+        try:
+            await trio.to_thread.run_sync(empty_orphans, self._orphans)
+        except OSError as error:
+            log.warning("cannot delete what the resync has set aside: %s", error)
 
 
 def empty_orphans(orphans: int) -> None:

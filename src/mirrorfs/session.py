@@ -14,6 +14,9 @@ from mirrorfs.table import Known
 
 _OPTIONS: Final = {"default_permissions", "allow_other", "suid", "dev", "subtype=mirrorfs"}
 
+#: Requests that may wait at once. While writes are frozen they wait here, and reads and statfs must still get through.
+_MAX_TASKS: Final = 10_000
+
 _wait_fuse_readable: Any = pyfuse3._wait_fuse_readable  # type: ignore[attr-defined]
 
 
@@ -57,21 +60,26 @@ def _fuse_descriptors() -> set[int]:
 
 async def serve() -> None:
     """Serve requests until the file system is unmounted."""
-    await pyfuse3.main(max_tasks=200)
+    await pyfuse3.main(max_tasks=_MAX_TASKS)
 
 
 def close() -> None:
-    """Give back what the session held; unmounts if it is still mounted."""
-    pyfuse3.close(unmount=True)
+    """Give back what the session held. Unmounts nothing: it has been done, or would hit what is mounted below."""
+    pyfuse3.close(unmount=False)
 
 
-def _forget_all(cached: Iterable[tuple[int, list[tuple[int, bytes]]]]) -> None:
-    for number, names in cached:
-        for parent, name in names:
+def _forget_all(files: list[Known], cached: list[tuple[Known, list[tuple[int, bytes]]]]) -> None:
+    # The names in the root first: with each, the kernel drops all that it knows below it.
+    for of_root in (True, False):
+        for known, names in cached:
+            for parent, name in names:
+                if (parent == pyfuse3.ROOT_INODE) is of_root and (of_root or known.lookups):
+                    with contextlib.suppress(OSError):
+                        pyfuse3.invalidate_entry(parent, name)
+    for known in files:
+        if known.lookups:
             with contextlib.suppress(OSError):
-                pyfuse3.invalidate_entry(parent, name)
-        with contextlib.suppress(OSError):
-            pyfuse3.invalidate_inode(number)
+                pyfuse3.invalidate_inode(known.id)
 
 
 async def invalidate(files: Iterable[Known]) -> None:
@@ -79,5 +87,9 @@ async def invalidate(files: Iterable[Known]) -> None:
 
     From a thread, since the kernel may need an answer from this process before it can.
     """
-    cached = [(known.id, list(known.names)) for known in files if known.lookups]
-    await trio.to_thread.run_sync(_forget_all, cached)
+    told = [known for known in files if known.lookups]
+    cached = [(known, list(known.names)) for known in told]
+    await trio.to_thread.run_sync(_forget_all, told, cached, limiter=_invalidating)
+
+
+_invalidating: Final = trio.CapacityLimiter(2)

@@ -21,7 +21,7 @@ from mirrorfs.errors import LinkLostError, ProtocolError
 from mirrorfs.keeper import Keeper
 from mirrorfs.peer import Link
 from mirrorfs.resync import Target
-from mirrorfs.tree import Tree
+from mirrorfs.tree import PartialChangeError, Tree
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class Standby:
         self._nursery = nursery
         self._before_first = before_first
         self._begun = False
+        self._reign = link.streams
 
     @property
     def in_sync(self) -> bool:
@@ -73,13 +74,15 @@ class Standby:
         if not self._begun:
             await self._before_first()
             self._begun = True
-        if isinstance(operation, ops.Sync | ops.Checkpoint):
-            self._start_flush(operation, frame.sequence)
-        else:
-            try:
+        try:
+            if isinstance(operation, ops.Sync | ops.Checkpoint):
+                self._start_flush(operation, frame.sequence)
+            else:
                 self._apply(operation)
-            except OSError as error:
-                await self._diverged(operation, frame.sequence, error)
+        except PartialChangeError as partly:
+            await self._diverged(operation, frame.sequence, partly.error)
+        except OSError as error:
+            await self._diverged(operation, frame.sequence, error)
         self.applied = frame.sequence
 
     def _apply(self, operation: ops.Change | ops.Introduce | ops.Copy) -> None:
@@ -97,11 +100,11 @@ class Standby:
         else:
             self.tree.apply(operation)
             if isinstance(operation, ops.MakeNode | ops.Symlink):
-                self.tree.table.get(operation.file).pinned = True
+                self.tree.table.pin(self.tree.table.get(operation.file))
 
     def acknowledge(self) -> None:
         """Tell the primary how far this node has come."""
-        self._link.send(wire.encode(Frame(Kind.ACK, self.applied)))
+        self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
 
     async def _diverged(self, operation: ops.Operation, sequence: int, error: OSError) -> None:
         what = f"{type(operation).__name__} {sequence} failed here: {error.strerror}"
@@ -149,32 +152,40 @@ class Standby:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(sync)
         except OSError as error:
-            # Never tried again: the kernel has dropped what it could not write.
             with trio.CancelScope(shield=True):
-                await self._keeper.stand(Standing.OUTDATED, f"a sync failed: {error.strerror}")
-            self.failure = f"a sync failed here: {error.strerror}"
-            log.error("out of sync: %s", self.failure)
-            self._link.close(self.failure)
+                await self.sync_failed(error)
             return
         finally:
             if done is not None:
                 done()
-        self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence)))
+        self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
+
+    async def sync_failed(self, error: OSError) -> None:
+        """A sync failed, and is never tried again: the kernel has dropped what it could not write."""
+        self.failure = f"a sync failed here: {error.strerror}"
+        await self._keeper.stand(Standing.OUTDATED, self.failure)
+        log.error("out of sync: %s", self.failure)
+        self._link.close(self.failure)
 
     # ---- joining
 
     async def join(self, theirs: Record) -> None:
         """The copy is complete and this node is in the in-sync set: know it durably, then say so."""
-        if self.target is not None:
-            await self.target.finish()
-            self.target = None
+        target, self.target = self.target, None
+        self.tree.table.begin_era()
         await self._keeper.adopt(theirs, Standing.IN_SYNC, "")
         self._link.send_message(Kind.JOINED)
+        if target is not None:
+            # Not awaited: the primary waits for this node's acknowledgements already.
+            self._nursery.start_soon(target.clean_up)
 
 
 def record_in(frame: Frame) -> Record:
     """The record that a frame carries; ProtocolError if it is none."""
     try:
-        return unpack_record(wire.message(frame))
-    except (KeyError, TypeError, ValueError) as error:
+        record = unpack_record(wire.message(frame))
+        if not record.epochs or not record.volume_id:
+            raise ValueError("no epochs")
+        return record
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error!r}") from error

@@ -15,6 +15,7 @@ class Stream:
 
     def __init__(self, link: Link) -> None:
         self.link = link
+        self.number = link.streams  # tells this stream's acknowledgements from an earlier one's on the same link
         self.sent = 0
         self.acknowledged = 0
         self.broken = False

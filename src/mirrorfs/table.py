@@ -9,25 +9,28 @@ Not thread-safe: everything here runs in the trio thread. A descriptor that it h
 """
 
 import errno
+import itertools
+import logging
 import os
+import resource
 import stat
 from collections import OrderedDict
 from typing import Final
 
 from mirrorfs import backing
 
-#: Descriptors kept for files that nobody has open; RLIMIT_NOFILE is 20,000 on a small machine.
-MAX_PATHS: Final = 6_000
-MAX_IDLE_DATA: Final = 2_000
+log = logging.getLogger(__name__)
+
+_CLOSE_AT_ONCE: Final = 64
 
 
 class Known:
     """One known file.
 
     `lookups` counts what the kernel was told and has not forgotten, `opens` the open handles and running syncs, `kept` those
-    who only need that it stays known; `pinned` says that the peer may name it, `gone` that it has no name any more. `version`
-    grows with every change of the data, `synced` is the version that is on stable storage. `names` are the directory entries
-    that the kernel may have cached; `special` says that a write by an ordinary user must clear setuid or setgid.
+    who only need that it stays known; `pinned` is the era in which the peer may name it, `gone` says that it has no name.
+    `version` grows with every change of the data, `synced` is the version that is on stable storage. `names` are the directory
+    entries that the kernel may have cached; `special` says that a write by an ordinary user must clear setuid or setgid.
     """
 
     __slots__ = (
@@ -42,6 +45,7 @@ class Known:
         "opens",
         "path",
         "pinned",
+        "retired",
         "special",
         "synced",
         "version",
@@ -61,7 +65,8 @@ class Known:
         self.names: list[tuple[int, bytes]] = []
         self.gone = False
         self.special = False
-        self.pinned = False
+        self.pinned = 0
+        self.retired: list[int] = []
 
     @property
     def is_directory(self) -> bool:
@@ -70,10 +75,19 @@ class Known:
 
 
 class Table:
-    """Known files by id; `mount` is a descriptor of their file system."""
+    """Known files by id; `mount` is a descriptor of their file system.
+
+    Of the descriptors that the process may have, three tenths are for files that nobody has open, a tenth for data that
+    nobody has open; the rest is for what applications open.
+    """
 
     def __init__(self, mount: int) -> None:
         self._mount = mount
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_paths = limit * 3 // 10
+        self._max_idle = limit // 10
+        self._aliases: dict[int, Known] = {}
+        self._era = 1
         self._files: dict[int, Known] = {}
         self._paths: OrderedDict[int, Known] = OrderedDict()
         self._idle: OrderedDict[int, Known] = OrderedDict()
@@ -86,29 +100,48 @@ class Table:
         return list(self._files.values())
 
     def find(self, number: int) -> Known | None:
-        """The known file with this id."""
-        return self._files.get(number)
+        """The known file with this number."""
+        known = self._files.get(number)
+        return known if known is None or not self._aliases else self._aliases.get(number, known)
 
     def get(self, number: int) -> Known:
-        """The known file with this id; ESTALE if there is none."""
-        known = self._files.get(number)
+        """The known file with this number; ESTALE if there is none."""
+        known = self.find(number)
         if known is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return known
 
+    def pin(self, known: Known) -> None:
+        """The peer may name the file by its id from now on, until the next `begin_era`."""
+        known.pinned = self._era
+
+    def is_pinned(self, known: Known) -> bool:
+        """Whether the peer may name the file."""
+        return known.pinned == self._era
+
+    def begin_era(self) -> None:
+        """On a new stream no file counts as introduced."""
+        self._era += 1
+
+    def alias(self, provisional: Known, real: Known) -> None:
+        """What the kernel knows by a provisional number has got an id: from now on the number leads to the file with the id."""
+        real.kept += 1
+        self._aliases[provisional.id] = real
+
     def add(self, number: int, kind: int, path: int) -> Known:
-        """The known file with this id, new or not; takes over the O_PATH descriptor `path`."""
+        """The known file with this id, new or not; takes over the O_PATH descriptor `path`.
+
+        What is known already stays as it is: during a resync an old file may still carry the id of the one that took its place.
+        """
         known = self._files.get(number)
         if known is None:
             known = self._files[number] = Known(number, kind)
-        if known.path >= 0:
+        elif known.path >= 0 or known.data >= 0 or (known.handle and known.handle != backing.handle_of(path)):
             os.close(path)
-            self._paths.move_to_end(number)
-        else:
-            known.path = path
-            self._paths[number] = known
-            if len(self._paths) > MAX_PATHS:
-                self._close_a_path()
+            return known
+        known.path = path
+        self._paths[number] = known
+        self._close_paths()
         return known
 
     def add_made(self, number: int, data: int) -> Known:
@@ -129,13 +162,18 @@ class Table:
             return
         self._paths.pop(number, None)
         self._idle.pop(number, None)
-        for descriptor in (known.path, known.data):
-            if descriptor >= 0:
-                os.close(descriptor)
+        # A worker thread may be reading from them: while the file is open they are not closed, so their numbers stay taken.
+        known.retired += [descriptor for descriptor in (known.path, known.data) if descriptor >= 0]
+        if known.opens == 0:
+            self._close_retired(known)
         known.path = known.data = -1
         known.handle = b""
         known.gone = False
         known.synced = known.version
+
+    def _close_retired(self, known: Known) -> None:
+        while known.retired:
+            os.close(known.retired.pop())
 
     def descriptor(self, known: Known) -> int:
         """A descriptor that names the file (O_PATH or better)."""
@@ -144,8 +182,7 @@ class Table:
         if known.path < 0:
             known.path = backing.open_handle(self._mount, known.handle, os.O_PATH | os.O_NOFOLLOW)
             self._paths[known.id] = known
-            if len(self._paths) > MAX_PATHS:
-                self._close_a_path()
+            self._close_paths()
         else:
             self._paths.move_to_end(known.id)
         return known.path
@@ -177,21 +214,35 @@ class Table:
     def let_go(self, known: Known) -> None:
         """The end of a `hold`."""
         known.opens -= 1
-        if known.opens == 0 and known.data >= 0:
-            self._rest(known)
+        if known.opens == 0:
+            self._close_retired(known)
+            if known.data >= 0:
+                self._rest(known)
         self.drop_unused(known)
 
     def forget(self, known: Known, lookups: int) -> None:
         """The kernel has forgotten the file so many times."""
-        known.lookups -= lookups
-        assert known.lookups >= 0, (known.id, known.lookups)
-        if known.lookups == 0:
-            known.names.clear()
-            self.drop_unused(known)
+        if lookups > known.lookups:
+            log.error("a defect: the kernel forgets %x %d times, it was told %d times", known.id, lookups, known.lookups)
+        known.lookups = max(known.lookups - lookups, 0)
+        if known.lookups:
+            return
+        known.names.clear()
+        self.drop_unused(known)
+        real = self._aliases.pop(known.id, None)
+        if real is not None:
+            real.kept -= 1
+            self.drop_unused(real)
+
+    def forgotten(self, number: int, lookups: int) -> None:
+        """The kernel has forgotten a number so many times, whatever it leads to now."""
+        known = self._files.get(number)
+        if known is not None:
+            self.forget(known, lookups)
 
     def drop_unused(self, known: Known) -> None:
         """Know no more of a file that the kernel does not know, nobody has open and no peer may name."""
-        if known.lookups or known.opens or known.kept or (known.pinned and not known.gone):
+        if known.lookups or known.opens or known.kept or (known.pinned == self._era and not known.gone):
             return
         if known.data >= 0 and known.version != known.synced and not known.gone:
             return
@@ -208,9 +259,16 @@ class Table:
         return [(known, known.version) for known in self._idle.values() if known.version != known.synced]
 
     @property
-    def idle_count(self) -> int:
-        """How many data descriptors are kept for files that nobody has open."""
-        return len(self._idle)
+    def is_crowded(self) -> bool:
+        """Whether so many descriptors are kept for idle data that the file system should be synced to close them."""
+        return len(self._idle) > self._max_idle // 2
+
+    def note_synced(self, versions: list[tuple[Known, int]]) -> None:
+        """These versions are on stable storage now: what nobody needs is closed."""
+        for known, version in versions:
+            known.synced = max(known.synced, version)
+            self.drop_unused(known)
+        self._close_idle_data()
 
     def clear(self) -> None:
         """Close everything."""
@@ -224,20 +282,16 @@ class Table:
 
     def _rest(self, known: Known) -> None:
         self._idle[known.id] = known
-        if len(self._idle) > MAX_IDLE_DATA:
+        if len(self._idle) > self._max_idle:
             self._close_idle_data()
 
     def _close_idle_data(self) -> None:
-        """Close an eighth of the idle descriptors; if too few are synced, sync the file system first, here and now."""
-        wanted = MAX_IDLE_DATA // 8
-        synced = [known for known in self._idle.values() if known.version == known.synced and not known.gone][:wanted]
-        if len(synced) < wanted // 2:
-            backing.syncfs(self._mount)
-            for known in self._idle.values():
-                known.synced = known.version
-            synced = [known for known in self._idle.values() if not known.gone][:wanted]
-        for known in synced:
-            self._close_data(known)
+        """Close some idle descriptors that are synced. If too few are, the limit is exceeded until `note_synced`."""
+        excess = len(self._idle) - self._max_idle * 3 // 4
+        if excess > 0:
+            synced = (known for known in self._idle.values() if known.version == known.synced and not known.gone)
+            for known in list(itertools.islice(synced, excess)):
+                self._close_data(known)
 
     def close_idle(self) -> None:
         """Let go of all files that nobody has open, synced or not: what is deleted from here on gives its room back."""
@@ -248,23 +302,30 @@ class Table:
             self.drop_unused(known)
 
     def _close_data(self, known: Known) -> None:
-        self._remember(known)
-        os.close(known.data)
-        known.data = -1
-        del self._idle[known.id]
-        self.drop_unused(known)
+        if self._remember(known):
+            os.close(known.data)
+            known.data = -1
+            del self._idle[known.id]
+            self.drop_unused(known)
 
-    def _close_a_path(self) -> None:
-        for _ in range(len(self._paths)):
+    def _close_paths(self) -> None:
+        """Keep the number of path descriptors within its limit; what must stay open is passed over."""
+        for _ in range(_CLOSE_AT_ONCE):
+            if len(self._paths) <= self._max_paths:
+                return
             number, known = self._paths.popitem(last=False)
-            if known.gone or known.opens:
+            if known.gone or (known.opens and known.data < 0) or not self._remember(known):
                 self._paths[number] = known
                 continue
-            self._remember(known)
             os.close(known.path)
             known.path = -1
-            return
 
-    def _remember(self, known: Known) -> None:
+    def _remember(self, known: Known) -> bool:
+        """Know how to open the file again; False if that cannot be found out, and then its descriptor must stay."""
         if not known.handle:
-            known.handle = backing.handle_of(known.path if known.path >= 0 else known.data)
+            try:
+                known.handle = backing.handle_of(known.data if known.data >= 0 else known.path)
+            except OSError as error:
+                log.warning("no file handle for %x: %s", known.id, error.strerror)
+                return False
+        return True

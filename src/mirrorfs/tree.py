@@ -52,6 +52,7 @@ class Tree:
         self._root = root
         self._device = os.fstat(root).st_dev
         self._volume = b""
+        self._can_ask_for_cached = True
         self.new_id: Callable[[], int | None] = no_new_ids
         self.table = Table(root)
         self._apply: dict[type, Callable[[Any], Any]] = {
@@ -71,9 +72,18 @@ class Tree:
         known.lookups = known.opens = 1
 
     def set_volume(self, volume: bytes) -> None:
-        """Say which volume this is (16 bytes): ids of any other do not count from now on."""
+        """Say which volume this is (16 bytes), and note it in the root: ids of any other do not count from now on."""
         assert len(volume) == 16, volume
         self._volume = volume
+        self.stamp(self._root, os.fstat(self._root).st_ino, ids.ROOT)
+
+    def is_of(self, volume: bytes) -> bool:
+        """Whether the root says that it is of this volume."""
+        try:
+            noted: bytes = _ID.unpack(os.getxattr(self._root, ID_XATTR))[0]
+        except (OSError, struct.error):
+            return False
+        return noted == volume
 
     @property
     def is_empty(self) -> bool:
@@ -141,6 +151,44 @@ class Tree:
         finally:
             os.close(descriptor)
 
+    def name_in(self, parent: int, known: Known) -> bytes:
+        """A name of `known` in the directory `parent`; ESTALE if it has none there."""
+        for above, name in known.names:
+            if above == parent:
+                return name
+        for name in self.names(self.table.get(parent)):
+            found = self.lookup(parent, name)
+            if found is known:
+                return name
+            self.table.drop_unused(found)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def place_of(self, known: Known) -> tuple[int, bytes]:
+        """A directory entry that leads to `known` now: parent and name; ESTALE if none is to be found."""
+        for parent, name in reversed(known.names):
+            if self.table.find(parent) is not None:
+                try:
+                    if self.lookup(parent, name) is known:
+                        return parent, name
+                except OSError:
+                    continue
+        if not known.is_directory or known.gone:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        parent = self.parent_of(known)
+        return parent, self.name_in(parent, known)
+
+    def adopt_provisional(self) -> None:
+        """This node may give ids now: what the kernel knows by provisional numbers gets them, and both numbers lead to it."""
+        for known in self.table.all():
+            if not ids.is_provisional(known.id):
+                continue
+            descriptor = os.dup(self.table.descriptor(known))
+            status = os.fstat(descriptor)
+            number = self._id_of(descriptor, status)
+            if number is None:
+                number = self._give_id(descriptor, status, 0, b"")
+            self.table.alias(known, self.table.add(number, known.kind, descriptor))
+
     def parent_of(self, known: Known) -> int:
         """The id of a directory's parent; the root is its own."""
         return known.id if known.id == ids.ROOT else self.lookup(known.id, b"..").id
@@ -148,10 +196,17 @@ class Tree:
     def read_cached(self, known: Known, offset: int, size: int) -> bytes | None:
         """Up to `size` bytes if they are in memory, None if a disk has to be waited for."""
         descriptor = self.table.data(known)
+        if not self._can_ask_for_cached:
+            return None
         buffer = bytearray(size)
         try:
             count = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
         except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._can_ask_for_cached = False
             return None
         if count == size:
             return bytes(buffer)
@@ -205,12 +260,12 @@ class Tree:
         if kind == stat.S_IFREG:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(change.name, flags, permissions, dir_fd=directory)
-        elif kind == stat.S_IFDIR:
-            os.mkdir(change.name, permissions, dir_fd=directory)
-            descriptor = os.open(change.name, _O_LOOK, dir_fd=directory)
         else:
-            os.mknod(change.name, kind | permissions, change.rdev, dir_fd=directory)
-            descriptor = os.open(change.name, _O_LOOK, dir_fd=directory)
+            if kind == stat.S_IFDIR:
+                os.mkdir(change.name, permissions, dir_fd=directory)
+            else:
+                os.mknod(change.name, kind | permissions, change.rdev, dir_fd=directory)
+            descriptor = self._open_made(change.name, directory, kind)
         try:
             status = self._own(descriptor, change.file, change.uid, change.gid)
             special = stat.S_IMODE(change.mode) & 0o7000
@@ -227,6 +282,13 @@ class Tree:
             return known
         return self.table.add(change.file, kind, descriptor)
 
+    def _open_made(self, name: bytes, directory: int, kind: int) -> int:
+        try:
+            return os.open(name, _O_LOOK, dir_fd=directory)
+        except OSError:
+            self._undo_make(name, directory, kind)
+            raise
+
     def _own(self, descriptor: int, number: int, uid: int, gid: int) -> os.stat_result:
         """Give a new file its owner and id; returns its status from before."""
         status = os.fstat(descriptor)
@@ -242,14 +304,11 @@ class Tree:
     def _symlink(self, change: ops.Symlink) -> Known:
         directory = self.table.descriptor(self.table.get(change.parent))
         os.symlink(change.target, change.name, dir_fd=directory)
+        descriptor = self._open_made(change.name, directory, stat.S_IFLNK)
         try:
-            descriptor = os.open(change.name, _O_LOOK, dir_fd=directory)
-            try:
-                self._own(descriptor, change.file, change.uid, change.gid)
-            except OSError:
-                os.close(descriptor)
-                raise
+            self._own(descriptor, change.file, change.uid, change.gid)
         except OSError:
+            os.close(descriptor)
             self._undo_make(change.name, directory, stat.S_IFLNK)
             raise
         return self.table.add(change.file, stat.S_IFLNK, descriptor)
@@ -356,7 +415,7 @@ class Tree:
         known = self.lookup(change.parent, change.name)
         if known.id != change.file:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        known.pinned = True
+        self.table.pin(known)
 
     def _refuse_own_xattr(self, name: bytes) -> None:
         if name == ID_XATTR.encode():

@@ -68,11 +68,15 @@ class Record:
         """The newest epoch known, None before the volume is made."""
         return self.epochs[-1] if self.epochs else None
 
-    def begin(self, epoch: Epoch, *, standing: Standing = Standing.IN_SYNC, reason: str = "") -> "Record":
+    def begin(self, epoch: Epoch) -> "Record":
         """The record with one more epoch; a history longer than `HISTORY` forgets its oldest."""
         epochs = (*self.epochs, epoch)[-HISTORY:]
         known = {e.tag for e in epochs}
-        return replace(self, epochs=epochs, wrote=self.wrote & known, standing=standing, reason=reason)
+        return replace(self, epochs=epochs, wrote=self.wrote & known)
+
+    def knows(self, epoch: Epoch) -> bool:
+        """Whether the epoch is part of this history."""
+        return any(epoch.same(known) for known in self.epochs)
 
 
 #: Epochs that a node remembers. Two nodes that have been apart for longer than this need a person.
@@ -149,9 +153,9 @@ def meet(left: Hello, right: Hello) -> Verdict:
         return _meet_newcomer(one, two)
     if first.epoch.same(second.epoch):
         return _choose(one, two, first.epoch, "both were in the same epoch")
-    if _knows(second, first.epoch):
+    if second.knows(first.epoch):
         return _meet_older(two, one)
-    if _knows(first, second.epoch):
+    if first.knows(second.epoch):
         return _meet_older(one, two)
     return _meet_fork(one, two)
 
@@ -164,13 +168,19 @@ def _meet_newcomer(old: Hello, new: Hello) -> Verdict:
         )
     epoch = old.record.epoch
     assert epoch is not None
-    if old.serving or (epoch.primary == old.node and old.record.standing is Standing.IN_SYNC):
+    complete = old.record.standing is Standing.IN_SYNC and (_intact(old, epoch) or _names(epoch) == {old.node})
+    if old.serving or (epoch.primary == old.node and complete):
         return Resume(old.node, f"{new.node} is new")
-    return Wait(f"{new.node} is new and {old.node} was not the primary: run `mirrorfs promote --yes` on {old.node}")
+    return Wait(f"{new.node} is new and {old.node} may not have everything: run `mirrorfs promote` on {old.node}")
 
 
-def _knows(record: Record, epoch: Epoch) -> bool:
-    return any(epoch.same(known) for known in record.epochs)
+def _names(epoch: Epoch) -> set[str]:
+    return {member.node for member in epoch.in_sync}
+
+
+def _intact(hello: Hello, epoch: Epoch) -> bool:
+    """Whether a node is in sync in `epoch` and has not lost its memory since."""
+    return Member(hello.node, hello.boot) in epoch.in_sync
 
 
 def _meet_older(newer: Hello, older: Hello) -> Verdict:
@@ -191,7 +201,10 @@ def _meet_older(newer: Hello, older: Hello) -> Verdict:
             f"{older.node} acknowledged changes alone in epoch {last.number} that {newer.node} does not have",
             older.node,
         )
-    return _choose(newer, older, epoch, f"{older.node} has been away since epoch {last.number}")
+    reason = f"{older.node} has been away since epoch {last.number}"
+    if newer.serving:
+        return Resume(newer.node, f"{reason}; {newer.node} is serving")
+    return _choose(newer, older, epoch, reason)
 
 
 def _choose(one: Hello, two: Hello, epoch: Epoch, reason: str) -> Verdict:
@@ -200,13 +213,17 @@ def _choose(one: Hello, two: Hello, epoch: Epoch, reason: str) -> Verdict:
         stops = two.node if epoch.primary == one.node else one.node
         return SplitBrain(f"{one.node} and {two.node} both serve in epoch {epoch.number}", stops)
     for hello in (one, two):
+        if epoch.tag in hello.record.wrote and epoch.primary != hello.node:
+            return SplitBrain(f"{hello.node} acknowledged changes in epoch {epoch.number} of {epoch.primary}", hello.node)
+    for hello in (one, two):
         if hello.serving:
             return Resume(hello.node, f"{reason}; {hello.node} is serving")
     able = [h for h in (one, two) if h.record.standing is Standing.IN_SYNC and epoch.has(h.node)]
-    intact = [h for h in able if Member(h.node, h.boot) in epoch.in_sync]
-    for candidates in (intact, able):
-        for hello in sorted(candidates, key=lambda h: h.node != epoch.primary):
-            return Resume(hello.node, f"{reason}; {hello.node} has everything")
+    candidates = [h for h in able if _intact(h, epoch)]
+    if not candidates and _names(epoch) <= {h.node for h in able}:
+        candidates = able  # all were restarted: what was fsynced is on each of them
+    for hello in sorted(candidates, key=lambda h: h.node != epoch.primary):
+        return Resume(hello.node, f"{reason}; {hello.node} has everything")
     return Wait(f"{reason}, and neither has a complete tree: run `mirrorfs promote --force` on the better one")
 
 
@@ -228,13 +245,13 @@ def _meet_fork(one: Hello, two: Hello) -> Verdict:
 
 def _unknown(hello: Hello, other: Hello) -> list[Epoch]:
     """The epochs of `hello` that `other` has never heard of."""
-    return [e for e in hello.record.epochs if not _knows(other.record, e)]
+    return [e for e in hello.record.epochs if not other.record.knows(e)]
 
 
 def _primary_before(one: Hello, two: Hello) -> str:
     """The primary of the last epoch that both know; with none, the node whose own history is shorter."""
     for epoch in reversed(one.record.epochs):
-        if _knows(two.record, epoch):
+        if two.record.knows(epoch):
             return epoch.primary
     return min((one, two), key=lambda h: (_number(h), h.node)).node
 
@@ -273,16 +290,21 @@ class Forbidden:
 
 
 def may_promote(
-    record: Record, node: str, boot: str, *, peer: str | None, peer_seen: bool, lost_at: str
+    record: Record, node: str, boot: str, *, peer: str | None, met: Hello | None, lost_at: str
 ) -> Allowed | AskFirst | Forbidden:
     """Whether `node` may become the primary on an operator's word while no primary is connected.
 
-    `peer` is the other node's name if there is one; `peer_seen` says whether it is connected now, and `lost_at` since
+    `peer` is the other node's name if there is one; `met` is what it says of itself if it is connected, and `lost_at` since
     when it is not, for the message.
     """
     epoch = record.epoch
+    if met is not None and any(not record.knows(theirs) for theirs in met.record.epochs):
+        newest = met.record.epochs[-1].number
+        return Forbidden(
+            f"{met.node} knows of epoch {newest}, this node does not: what was acknowledged in it may be missing here"
+        )
     if epoch is None:
-        if peer is None or peer_seen:
+        if peer is None or met is not None:
             return Allowed()
         return AskFirst(f"{peer} cannot be reached: if it already holds this volume, promoting here makes a second one")
     if record.standing is not Standing.IN_SYNC:
@@ -295,7 +317,7 @@ def may_promote(
         return Forbidden(
             "this machine was restarted while it was in sync: everything fsynced is here, later writes may be missing"
         )
-    if peer is None or peer_seen:
+    if peer is None or met is not None:
         return Allowed()
     if len(epoch.in_sync) == 1:
         return AskFirst(
@@ -321,9 +343,12 @@ def pack_record(record: Record) -> dict[str, Any]:
 
 
 def unpack_record(data: dict[str, Any]) -> Record:
-    """The record that `pack_record` packed; KeyError, TypeError or ValueError if it is not one."""
+    """The record that `pack_record` packed; KeyError, TypeError, ValueError or OverflowError if it is not one."""
+    volume_id = data["volume_id"]
+    if not isinstance(volume_id, str) or len(volume_id) not in (0, 32) or len(bytes.fromhex(volume_id)) * 2 != len(volume_id):
+        raise ValueError(f"{volume_id!r} is no volume id")
     return Record(
-        volume_id=str(data["volume_id"]),
+        volume_id=volume_id,
         epochs=tuple(
             Epoch(
                 int(number),

@@ -4,7 +4,8 @@ Files are named by id (see `ids`); names are bytes; times are nanoseconds since 
 nothing left to the node that applies it: owners, final modes and the new file's id are in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,11 @@ class CopyData:
 
 @dataclass(frozen=True, slots=True)
 class Vanish:
-    """Resync: nothing stands under this name any more; what the target has there may still be needed under another."""
+    """Resync: nothing stands under this name any more; unless it is `gone`, what the target has there is still needed."""
 
     parent: int
     name: bytes
+    gone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,3 +178,46 @@ Change = Write | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename |
 Copy = Entry | CopyData | Vanish | DirectoryDone
 Flush = Sync | Checkpoint
 Operation = Change | Introduce | Copy | Flush
+
+
+_MAX: Final = (1 << 63) - 1
+_IDS: Final = {"file", "parent", "new_parent", "directory"}
+_NAMES: Final = {"name", "new_name"}
+_NUMBERS: Final = {"mode", "uid", "gid", "rdev", "size", "flags"}
+_TIMES: Final = {"atime_ns", "mtime_ns"}
+_FLAGS: Final = {"data_only", "gone"}
+
+
+def check(operation: Operation) -> None:
+    """Raise ValueError unless the operation can mean something: ids, names and numbers as a primary sends them.
+
+    A name that is more than a name would lead out of the tree.
+    """
+    for field in fields(operation):
+        value = getattr(operation, field.name)
+        if not (value is None and isinstance(operation, SetAttributes)) and not _is_sound(field.name, value):
+            if isinstance(operation, Entry) and operation.file == 1 and value in (0, b""):
+                continue  # the root has neither parent nor name
+            raise ValueError(f"{field.name} {value!r}"[:100])
+
+
+def _is_sound(field: str, value: object) -> bool:
+    if field in _IDS:
+        return type(value) is int and 1 <= value <= _MAX
+    if field in _NAMES:
+        return type(value) is bytes and _is_name(value)
+    if field in _NUMBERS:
+        return type(value) is int and 0 <= value <= _MAX
+    if field in _TIMES:
+        return type(value) is int and -_MAX <= value <= 2 * _MAX
+    if field in _FLAGS:
+        return type(value) is bool
+    if field == "offset":
+        return type(value) is int and 0 <= value <= _MAX
+    if field == "xattrs":
+        return isinstance(value, tuple) and all(type(part) is bytes for pair in value for part in pair)
+    return type(value) is bytes
+
+
+def _is_name(value: bytes) -> bool:
+    return 0 < len(value) <= 255 and value not in (b".", b"..") and b"/" not in value and b"\0" not in value

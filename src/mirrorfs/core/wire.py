@@ -133,10 +133,10 @@ def encode_operation(operation: ops.Operation, sequence: int) -> tuple[bytes, by
 
 def decode_operation(frame: Frame) -> ops.Operation:
     """The operation in a frame; ProtocolError if the frame carries none or one that is malformed."""
-    if frame.kind is Kind.WRITE:
-        return ops.Write(frame.file, frame.offset, frame.payload)
-    if frame.kind is Kind.COPY_DATA:
-        return ops.CopyData(frame.file, frame.offset, frame.payload)
+    if frame.kind in (Kind.WRITE, Kind.COPY_DATA):
+        if not 0 < frame.file < 1 << 63 or frame.offset >= 1 << 63:
+            raise ProtocolError(f"a malformed {frame.kind.name}: file {frame.file}, offset {frame.offset}")
+        return (ops.Write if frame.kind is Kind.WRITE else ops.CopyData)(frame.file, frame.offset, frame.payload)
     operation = OPERATION_OF.get(frame.kind)
     if operation is None:
         raise ProtocolError(f"a frame of kind {frame.kind.name} where an operation was expected")
@@ -147,6 +147,7 @@ def decode_operation(frame: Frame) -> ops.Operation:
         if operation is ops.Entry:
             fields[-1] = tuple((name, value) for name, value in fields[-1])
         result: ops.Operation = operation(*fields)
+        ops.check(result)
     except (TypeError, ValueError, IndexError) as error:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
     return result

@@ -379,7 +379,7 @@ class Lab:
         while alive := [pid for name in self.hosts for pid in self.network.pids(name)]:
             processes.kill(processes.find_all(alive))
         for mount in reversed(_mounts_below(self.dir)):
-            backing.detach_mount(mount)
+            backing.detach(mount, backing.top_mount(mount))
         if left := _mounts_below(self.dir):
             raise MirrorfsError(f"{left[0]} cannot be unmounted")
         self.network.remove()
