@@ -21,6 +21,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.errors import MirrorfsError, NotPrimaryError
 from mirrorfs.handles import Handle, Listing
 from mirrorfs.replication import Primary
+from mirrorfs.space import Space
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -32,17 +33,6 @@ _NAME_MAX: Final = 255
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Space(Protocol):
-    """What `statfs` answers, in bytes and files."""
-
-    block_size: int
-    total: int
-    free: int
-    available: int
-    files: int
-    files_free: int
 
 
 class Host(Protocol):

@@ -91,6 +91,10 @@ class Keeper:
         assert epoch is not None
         return epoch
 
+    async def begin_alone(self) -> Epoch:
+        """Begin an epoch with this node alone in sync, in which it has acknowledged what it has so far."""
+        return await self.begin(self._node, frozenset({self.me()}), wrote=self.wrote_alone)
+
     def me(self) -> Member:
         """This node in this boot."""
         return Member(self._node, self.boot)

@@ -434,7 +434,7 @@ class Primary:
                 return
         epoch = self.keeper.record.epoch
         if self.mode is Mode.ALONE and epoch is not None and len(epoch.in_sync) > 1:
-            await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=self.keeper.wrote_alone)
+            await self.keeper.begin_alone()
 
     async def _go_on_without(self, reason: str, pending: bool) -> None:
         if self._disk_is_bad:

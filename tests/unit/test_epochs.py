@@ -30,6 +30,7 @@ from mirrorfs.core.epochs import (
 )
 
 _TAGS = iter(f"tag-{number}" for number in range(10**9))
+_VOLUME = "0123456789abcdef" * 2
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Node:
         number = self.record.epoch.number + 1 if self.record.epoch else 1
         members = frozenset(node.member() for node in in_sync)
         epoch = Epoch(number, next(_TAGS), (primary or self).name, members, forced, 0.0)
-        self.record = replace(self.record, volume_id=self.record.volume_id or "v").begin(epoch)
+        self.record = replace(self.record, volume_id=self.record.volume_id or _VOLUME).begin(epoch)
         if wrote:
             self.writes_alone()
         return epoch
@@ -72,8 +73,11 @@ class Node:
         if machine:
             self.boot += "'"
 
-    def may_promote(self, *, peer: str | None = "two", seen: bool = False) -> Allowed | AskFirst | Forbidden:
-        return may_promote(self.record, self.name, self.boot, peer=peer, peer_seen=seen, lost_at="noon")
+    def may_promote(self, *, peer: str | None = "two", met: "Node | None" = None) -> Allowed | AskFirst | Forbidden:
+        """The answer to an operator; `met` is the other node if it is connected."""
+        hello = met.hello() if met else None
+        name = met.name if met else peer
+        return may_promote(self.record, self.name, self.boot, peer=name, met=hello, lost_at="noon")
 
 
 def mirrored() -> tuple[Node, Node]:
@@ -99,6 +103,13 @@ def assert_resumes(one: Node, two: Node, primary: str) -> None:
     assert found.primary == primary
 
 
+def assert_waits(one: Node, two: Node) -> str:
+    """The reason for which both wait."""
+    found = verdict(one, two)
+    assert isinstance(found, Wait), found
+    return found.reason
+
+
 def assert_split(one: Node, two: Node, *, stops: str) -> None:
     found = verdict(one, two)
     assert isinstance(found, SplitBrain), found
@@ -109,9 +120,7 @@ def assert_split(one: Node, two: Node, *, stops: str) -> None:
 
 
 def test_two_new_nodes_wait_for_a_person() -> None:
-    found = verdict(Node("one", empty=True), Node("two", empty=True))
-    assert isinstance(found, Wait)
-    assert "mirrorfs promote" in found.reason
+    assert "mirrorfs promote" in assert_waits(Node("one", empty=True), Node("two", empty=True))
 
 
 def test_an_empty_node_follows_the_one_that_was_promoted() -> None:
@@ -132,9 +141,34 @@ def test_a_node_with_files_and_no_history_follows_only_if_it_was_told_to_discard
 
 def test_an_empty_node_waits_with_a_standby_that_nobody_promoted() -> None:
     _, two = mirrored()
-    found = verdict(Node("one", empty=True), two)
-    assert isinstance(found, Wait)
-    assert "promote --yes` on two" in found.reason
+    assert "`mirrorfs promote` on two" in assert_waits(Node("one", empty=True), two)
+
+
+def test_an_empty_node_follows_the_last_primary_that_lost_nothing_since() -> None:
+    one, _ = mirrored()
+    one.restarts()
+    assert_resumes(one, Node("two", empty=True), "one")
+
+
+def test_an_empty_node_in_the_place_of_a_standby_waits_with_a_primary_whose_machine_was_restarted() -> None:
+    one, _ = mirrored()
+    one.restarts(machine=True)
+    assert "one may not have everything" in assert_waits(one, Node("two", empty=True))
+
+
+def test_an_empty_node_follows_a_primary_that_was_alone_before_its_machine_was_restarted() -> None:
+    one, _ = mirrored()
+    one.begins(one, wrote=True)
+    one.restarts(machine=True)
+    assert_resumes(one, Node("two", empty=True), "one")
+
+
+@pytest.mark.parametrize("standing", [Standing.RESYNCING, Standing.OUTDATED])
+def test_an_empty_node_waits_with_a_primary_that_knows_itself_behind(standing: Standing) -> None:
+    one, _ = mirrored()
+    one.restarts()
+    one.record = replace(one.record, standing=standing)
+    assert_waits(one, Node("two", empty=True))
 
 
 # ---- who does not belong together
@@ -147,7 +181,7 @@ def test_nodes_of_different_volumes_refuse_each_other() -> None:
 
 def test_two_volumes_of_the_same_name_refuse_each_other() -> None:
     one, two = mirrored()
-    two.record = replace(two.record, volume_id="another")
+    two.record = replace(two.record, volume_id=_VOLUME[::-1])
     found = verdict(one, two)
     assert isinstance(found, Refuse)
     assert "different volumes" in found.reason
@@ -180,6 +214,14 @@ def test_a_standby_that_was_promoted_is_followed_by_the_old_primary_that_comes_b
     assert_resumes(one, two, "two")
 
 
+def test_an_old_primary_that_only_froze_follows_the_standby_that_was_promoted() -> None:
+    one, two = mirrored()
+    two.begins(two)
+    two.serving = True
+    assert one.serving
+    assert_resumes(one, two, "two")
+
+
 def test_an_old_primary_that_acknowledged_nothing_alone_follows_although_it_had_gone_on() -> None:
     one, two = mirrored()
     one.begins(one)
@@ -205,11 +247,41 @@ def test_after_both_nodes_were_restarted_the_last_primary_serves() -> None:
     assert_resumes(one, two, "one")
 
 
-def test_after_a_power_failure_of_both_the_last_primary_serves() -> None:
+@pytest.mark.parametrize("primary", ["one", "two"])
+def test_after_a_power_failure_of_both_the_last_primary_serves(primary: str) -> None:
     one, two = mirrored()
+    if primary == "two":
+        one.begins(one, two, primary=two)
+        two.adopts(one)
     one.restarts(machine=True)
     two.restarts(machine=True)
+    assert_resumes(one, two, primary)
+
+
+def test_a_growth_that_only_a_primary_recorded_before_its_machine_was_restarted_leaves_both_waiting() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.adopts(one, Standing.RESYNCING)
+    one.begins(one, two)
+    one.restarts(machine=True)
+    assert "--force" in assert_waits(one, two)
+
+
+def test_a_growth_that_only_the_primary_recorded_does_not_keep_it_from_serving_while_its_machine_stays_up() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.adopts(one, Standing.RESYNCING)
+    one.begins(one, two)
+    one.restarts()
     assert_resumes(one, two, "one")
+
+
+@pytest.mark.parametrize("standing", [Standing.RESYNCING, Standing.OUTDATED])
+def test_a_node_whose_machine_was_restarted_does_not_serve_while_the_other_is_not_whole(standing: Standing) -> None:
+    one, two = mirrored()
+    one.restarts(machine=True)
+    two.record = replace(two.record, standing=standing)
+    assert "--force" in assert_waits(one, two)
 
 
 def test_a_node_whose_machine_did_not_restart_is_better_than_one_whose_did() -> None:
@@ -245,9 +317,7 @@ def test_two_incomplete_trees_wait_for_a_person() -> None:
     one.restarts()
     one.record = replace(one.record, standing=Standing.OUTDATED)
     two.record = replace(two.record, standing=Standing.RESYNCING)
-    found = verdict(one, two)
-    assert isinstance(found, Wait)
-    assert "--force" in found.reason
+    assert "--force" in assert_waits(one, two)
 
 
 # ---- handing over
@@ -322,6 +392,12 @@ def test_two_that_both_serve_in_one_epoch_are_a_split_brain_and_the_wrong_one_st
     assert_split(one, two, stops="two")
 
 
+def test_a_node_that_acknowledged_something_in_an_epoch_of_the_other_is_a_split_brain_and_stops() -> None:
+    one, two = mirrored()
+    two.writes_alone()
+    assert_split(one, two, stops="two")
+
+
 # ---- what holds for all
 
 
@@ -383,10 +459,41 @@ def test_whoever_serves_after_the_verdict_has_a_complete_tree_or_served_before(p
 
 
 @given(_pairs())
+def test_a_node_that_lost_its_memory_does_not_serve_in_the_newest_epoch_unless_its_whole_set_is_there(
+    pair: tuple[Node, Node],
+) -> None:
+    found = meet(*(node.hello() for node in pair))
+    if not isinstance(found, Resume):
+        return
+    primary, other = sorted(pair, key=lambda node: node.name != found.primary)
+    epoch, theirs = primary.record.epoch, other.record.epoch
+    assert epoch is not None
+    a_fork = theirs is not None and not primary.record.knows(theirs)
+    if not primary.serving and not a_fork and primary.member() not in epoch.in_sync:
+        whole = {node.name for node in pair if node.record.epochs and node.record.standing is Standing.IN_SYNC}
+        assert {member.node for member in epoch.in_sync} <= whole
+
+
+@given(_pairs())
+def test_no_node_is_promoted_past_an_epoch_that_the_other_tells_it_of(pair: tuple[Node, Node]) -> None:
+    one, two = pair
+    if any(not one.record.knows(epoch) for epoch in two.record.epochs):
+        assert isinstance(one.may_promote(met=two), Forbidden)
+
+
+@given(_pairs())
 def test_a_record_and_a_greeting_come_back_from_msgpack_as_they_were(pair: tuple[Node, Node]) -> None:
     for node in pair:
         assert epochs.unpack_record(msgpack.unpackb(msgpack.packb(epochs.pack_record(node.record)))) == node.record
         assert epochs.unpack_hello(msgpack.unpackb(msgpack.packb(epochs.pack_hello(node.hello())))) == node.hello()
+
+
+@pytest.mark.parametrize("volume_id", ["v", _VOLUME[1:], _VOLUME + "00", "g" * 32, " " * 32, _VOLUME[:-2] + "é9", 7, None, b""])
+def test_a_record_of_a_volume_whose_id_is_not_32_hexadecimal_digits_is_refused(volume_id: object) -> None:
+    packed = epochs.pack_record(mirrored()[0].record)
+    with pytest.raises(ValueError, match="."):
+        epochs.unpack_record(packed | {"volume_id": volume_id})
+    assert epochs.unpack_record(packed | {"volume_id": ""}).volume_id == ""
 
 
 def test_a_history_is_bounded_and_forgets_its_oldest_epochs_and_what_was_written_in_them() -> None:
@@ -403,16 +510,41 @@ def test_a_history_is_bounded_and_forgets_its_oldest_epochs_and_what_was_written
 
 def test_the_first_promotion_of_a_volume_needs_the_other_node_or_a_word() -> None:
     assert isinstance(Node("one").may_promote(peer=None), Allowed)
-    assert isinstance(Node("one").may_promote(seen=True), Allowed)
+    assert isinstance(Node("one").may_promote(met=Node("two")), Allowed)
     assert isinstance(Node("one").may_promote(), AskFirst)
 
 
 def test_a_node_that_was_in_sync_when_the_link_broke_asks_and_says_since_when() -> None:
-    _, two = mirrored()
+    one, two = mirrored()
     found = two.may_promote(peer="one")
     assert isinstance(found, AskFirst)
     assert "since noon" in found.reason
-    assert isinstance(two.may_promote(peer="one", seen=True), Allowed)
+    assert isinstance(two.may_promote(met=one), Allowed)
+
+
+def test_a_standby_is_refused_while_the_other_tells_it_of_an_epoch_that_it_had_alone() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    one.restarts()
+    one.record = replace(one.record, standing=Standing.OUTDATED, reason="an fsync failed")
+    found = two.may_promote(met=one)
+    assert isinstance(found, Forbidden)
+    assert "one knows of epoch 3" in found.reason
+
+
+def test_a_new_node_is_refused_while_the_other_tells_it_of_a_history() -> None:
+    one, _ = mirrored()
+    one.restarts()
+    found = Node("two", empty=True).may_promote(met=one)
+    assert isinstance(found, Forbidden)
+    assert "one knows of epoch 2" in found.reason
+
+
+def test_a_node_that_went_on_alone_is_allowed_while_the_other_knows_only_less() -> None:
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    one.restarts()
+    assert isinstance(one.may_promote(met=two), Allowed)
 
 
 def test_a_node_that_was_alone_asks() -> None:

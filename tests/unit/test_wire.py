@@ -2,7 +2,7 @@
 
 import struct
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args
 from zlib import crc32
 
@@ -18,22 +18,33 @@ from mirrorfs.errors import ProtocolError
 
 _U64 = st.integers(0, (1 << 64) - 1)
 _I64 = st.integers(-(1 << 63), (1 << 63) - 1)
-_NAMES = st.binary(min_size=1, max_size=255)
+_IDS = st.integers(1, (1 << 63) - 1)
+_NUMBERS = st.integers(0, (1 << 63) - 1)
+_TIMES = st.integers(-(1 << 62), (1 << 64) - 2)
+_DATA = st.binary(max_size=300)
+_NAMES = (
+    st.one_of(st.binary(min_size=1, max_size=255), st.sampled_from([b"...", b".a", b"..a", b"\xff\n", b"n" * 255]))
+    .map(lambda name: name.replace(b"/", b"_").replace(b"\0", b"_"))
+    .filter(lambda name: name not in (b".", b".."))
+)
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    "int": _U64,
-    "int | None": st.none() | _I64,
-    "bytes": _NAMES,
-    "bool": st.booleans(),
-    "tuple[tuple[bytes, bytes], ...]": st.lists(st.tuples(_NAMES, st.binary(max_size=100))).map(tuple),
+    **dict.fromkeys(["file", "parent", "new_parent", "directory"], _IDS),
+    **dict.fromkeys(["name", "new_name"], _NAMES),
+    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset"], _NUMBERS),
+    **dict.fromkeys(["atime_ns", "mtime_ns"], _TIMES),
+    **dict.fromkeys(["data", "target", "value"], _DATA),
+    **dict.fromkeys(["data_only", "gone"], st.booleans()),
+    "xattrs": st.lists(st.tuples(_NAMES, _DATA), max_size=5).map(tuple),
 }
 
 
-def _spelled(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-
-
 def _operations(kind: type) -> st.SearchStrategy[Any]:
-    return st.builds(kind, **{field.name: _FIELDS[_spelled(field.type)] for field in fields(kind)})
+    """Operations of one kind as a primary sends them."""
+    if kind is ops.SetAttributes:
+        optional = {field.name: st.none() | _FIELDS[field.name] for field in fields(kind) if field.name != "file"}
+        return st.builds(kind, file=_IDS, **optional)
+    built = st.builds(kind, **{field.name: _FIELDS[field.name] for field in fields(kind)})
+    return built | built.map(lambda entry: replace(entry, parent=0, name=b"", file=1)) if kind is ops.Entry else built
 
 
 OPERATIONS = st.one_of([_operations(kind) for kind in wire.KIND_OF])
@@ -159,6 +170,105 @@ def test_a_message_of_any_shape_makes_an_operation_or_a_protocol_error(kind: Kin
 def test_a_message_that_is_not_of_its_kind_is_a_protocol_error(kind: Kind, content: object) -> None:
     with pytest.raises(ProtocolError):
         wire.decode_operation(Frame(kind, payload=msgpack.packb(content)))
+
+
+_SOUND: dict[type, ops.Operation] = {
+    type(operation): operation
+    for operation in (
+        ops.Write(5, 0, b"data"),
+        ops.MakeNode(1, b"name", 5, 0o100644, 0, 0, 0),
+        ops.Symlink(1, b"name", 5, b"../target", 0, 0),
+        ops.Link(5, 1, b"name"),
+        ops.Unlink(1, b"name"),
+        ops.RemoveDirectory(1, b"name"),
+        ops.Rename(1, b"name", 1, b"new", 0),
+        ops.SetAttributes(5, 0o600, 0, 0, 0, 0, 0),
+        ops.SetXattr(5, b"user.name", b"value"),
+        ops.RemoveXattr(5, b"user.name"),
+        ops.Introduce(1, b"name", 5),
+        ops.Entry(1, b"name", 5, 0o100644, 0, 0, 0, 0, b"", ((b"user.name", b"value"),)),
+        ops.CopyData(5, 0, b"data"),
+        ops.Vanish(1, b"name", True),
+        ops.DirectoryDone(5),
+        ops.Sync(5, False),
+        ops.Checkpoint(),
+    )
+}
+_NOT_IDS = [0, -1, -(1 << 63), 1 << 63, (1 << 64) - 1, True, 5.0, b"5", "5", [5]]
+_NOT_NAMES = [b"", b".", b"..", b"/", b"../secret", b"a/b", b"/etc/passwd", b"a\0b", b"n" * 256, "name", 5, None, [b"a"]]
+_NOT_NUMBERS = [-1, 1 << 63, True, 5.0, b"5", "5", [5]]
+_NOT_TIMES = [-(1 << 63), (1 << 64) - 1, True, 5.0, b"5", "5", [5]]
+_NOT_BYTES = ["text", 5, None, True, [b"a"]]
+_NOT_FLAGS = [0, 1, None, b"", "yes"]
+_NOT_XATTRS = [
+    None,
+    5,
+    b"name",
+    {"name": b"value"},
+    [b"name"],
+    [[b"name"]],
+    [[b"name", b"value", b"more"]],
+    [["name", b"value"]],
+    [[b"name", "value"]],
+    [[b"name", None]],
+]
+_UNSOUND: dict[str, list[Any]] = {
+    **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),
+    **dict.fromkeys(["name", "new_name"], _NOT_NAMES),
+    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags"], _NOT_NUMBERS),
+    **dict.fromkeys(["atime_ns", "mtime_ns"], _NOT_TIMES),
+    **dict.fromkeys(["target", "value"], _NOT_BYTES),
+    **dict.fromkeys(["data_only", "gone"], _NOT_FLAGS),
+    "xattrs": _NOT_XATTRS,
+}
+_OF_MESSAGES = [kind for kind in wire.KIND_OF if kind not in (ops.Write, ops.CopyData, ops.Checkpoint)]
+
+
+def _with(operation: ops.Operation, **changed: object) -> Frame:
+    """The frame of `operation` with fields of which no care is taken that they can mean something."""
+    content = [changed.get(field.name, getattr(operation, field.name)) for field in fields(operation)]
+    return Frame(wire.KIND_OF[type(operation)], payload=msgpack.packb(content))
+
+
+@pytest.mark.parametrize("kind", wire.KIND_OF)
+def test_the_operations_that_are_spoilt_below_are_sound(kind: type) -> None:
+    assert wire.decode_operation(_one(_bytes(_SOUND[kind]))) == _SOUND[kind]
+    assert kind not in _OF_MESSAGES or wire.decode_operation(_with(_SOUND[kind])) == _SOUND[kind]
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, field.name) for kind in _OF_MESSAGES for field in fields(kind)])
+def test_an_operation_with_a_field_that_no_primary_sends_is_a_protocol_error(kind: type, field: str) -> None:
+    for value in _UNSOUND[field]:
+        with pytest.raises(ProtocolError, match=f"malformed {wire.KIND_OF[kind].name}"):
+            raise AssertionError(f"{field} {value!r} made {wire.decode_operation(_with(_SOUND[kind], **{field: value}))}")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in _OF_MESSAGES if kind is not ops.SetAttributes])
+def test_nothing_but_an_attribute_may_be_left_out(kind: type) -> None:
+    for field in fields(kind):
+        with pytest.raises(ProtocolError):
+            wire.decode_operation(_with(_SOUND[kind], **{field.name: None}))
+
+
+@pytest.mark.parametrize("kind", [Kind.WRITE, Kind.COPY_DATA])
+@pytest.mark.parametrize(("file", "offset"), [(0, 0), (1 << 63, 0), ((1 << 64) - 1, 0), (5, 1 << 63), (5, (1 << 64) - 1)])
+def test_data_for_no_file_or_beyond_what_a_file_can_hold_is_a_protocol_error(kind: Kind, file: int, offset: int) -> None:
+    with pytest.raises(ProtocolError, match=f"malformed {kind.name}"):
+        wire.decode_operation(Frame(kind, file=file, offset=offset, payload=b"data"))
+
+
+def test_only_the_root_has_neither_parent_nor_name() -> None:
+    entry = _SOUND[ops.Entry]
+    root = {"parent": 0, "name": b"", "file": 1}
+    assert wire.decode_operation(_with(entry, **root)) == replace(entry, **root)
+    for changed in (root | {"file": 5}, {"name": b""}, {"parent": 0}, root | {"parent": -1}, root | {"name": b".."}):
+        with pytest.raises(ProtocolError):
+            wire.decode_operation(_with(entry, **changed))
+
+
+def test_a_name_that_leads_out_of_the_tree_is_named_in_the_error() -> None:
+    with pytest.raises(ProtocolError, match=r"a malformed UNLINK: name b'\.\./\.\./etc/passwd'"):
+        wire.decode_operation(_with(_SOUND[ops.Unlink], name=b"../../etc/passwd"))
 
 
 def _raw(length: int, kind: int, payload: bytes = b"") -> bytes:

@@ -1,0 +1,223 @@
+"""One greeted connection, from the verdict on both nodes to its end.
+
+The verdict says who serves. The other node is asked to follow, and durably gives up what it was before the first serves or
+copies anything; then the copy, the join, and the stream. Frames are taken in by one task, in order.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from mirrorfs import session
+from mirrorfs.core import epochs, wire
+from mirrorfs.core.epochs import Hello, Member, Standing
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+from mirrorfs.peer import Link
+from mirrorfs.resync import Target, empty_orphans
+from mirrorfs.space import Space
+from mirrorfs.standby import Standby, record_in
+
+if TYPE_CHECKING:
+    from mirrorfs.node import Node
+
+log = logging.getLogger(__name__)
+
+_SPACE_INTERVAL_S: Final = 1.0
+_MAX_SETBACK_S: Final = 30.0
+
+
+class Conversation:
+    """What is said on one link. `mine` is what this node said of itself in the greeting, `theirs` what the other did."""
+
+    def __init__(self, node: "Node", link: Link, verdict: epochs.Verdict, mine: Hello, theirs: Hello) -> None:
+        self._node = node
+        self._link = link
+        self._verdict = verdict
+        self._mine = mine
+        self._theirs = theirs
+
+    async def run(self) -> None:
+        """Serve the link until it ends; whatever goes wrong on it ends no more than the link."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._link.run)
+            await self._guarded(self._converse, nursery)
+            nursery.cancel_scope.cancel()
+
+    async def _guarded(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        link, who = self._link, self._theirs.node
+        try:
+            await task(*arguments)
+        except LinkLostError as error:
+            link.close(str(error))
+        except MirrorfsError as error:
+            log.error("%s: the connection is ended: %s", who, error)
+            link.close(str(error))
+        except OSError as error:
+            log.error("%s: the connection is ended: %s", who, error)
+            link.close(error.strerror or str(error))
+        except Exception as error:
+            # Well formed, and it makes no sense; or a defect here, which must not end the mount either.
+            log.exception("%s: the connection is ended: what it sent makes no sense", who)
+            link.close(f"a message that makes no sense: {error!r}")
+
+    async def _converse(self, nursery: trio.Nursery) -> None:
+        node, link = self._node, self._link
+        if not await self._act_on_verdict():
+            return
+        nursery.start_soon(self._guarded, self._send_space)
+        while True:
+            for frame in await link.receive():
+                await self._on_frame(frame, nursery)
+            if node.standby is not None:
+                node.standby.acknowledge()
+            await trio.lowlevel.checkpoint()
+
+    async def _act_on_verdict(self) -> bool:
+        """False if the nodes have to greet again."""
+        node = self._node
+        match self._verdict:
+            case epochs.Wait(reason):
+                node.explain(reason)
+                node.tell_once(reason)
+            case epochs.SplitBrain(reason, stops):
+                await self._split(reason, stops)
+            case epochs.Resume(primary, reason):
+                node.split_brain = ""
+                if primary == node.name:
+                    await self._ask_to_follow()
+                elif node.primary is not None:
+                    if self._mine != node.hello():
+                        return False  # something was acknowledged here since
+                    await node.stop_leading(reason)
+                else:
+                    node.explain(f"waiting for {primary}: {reason}")
+            case epochs.Refuse():
+                raise AssertionError("refused before")
+        return True
+
+    async def _split(self, reason: str, stops: str) -> None:
+        node = self._node
+        node.split_brain = f"split brain: {reason}; neither side's data is touched"
+        node.tell_once(node.split_brain)
+        if node.primary is not None and stops == node.name and self._theirs.serving:
+            await node.stop_leading(node.split_brain)
+
+    async def _send_space(self) -> None:
+        while True:
+            self._link.send_message(Kind.SPACE, self._node.own_space().pack())
+            await trio.sleep(_SPACE_INTERVAL_S)
+
+    async def _on_frame(self, frame: Frame, nursery: trio.Nursery) -> None:
+        node = self._node
+        if node.standby is not None and node.standby.handles(frame):
+            await node.standby.take(frame)
+            return
+        if node.primary is not None and node.primary.on_frame(frame):
+            return
+        match frame.kind:
+            case Kind.SPACE:
+                node.peer_space = Space.unpack(wire.message(frame))
+            case Kind.ACK | Kind.FLUSHED:
+                pass  # of a stream that has ended
+            case Kind.FOLLOW:
+                nursery.start_soon(self._guarded, self._follow, record_in(frame))
+            case Kind.FOLLOWING:
+                nursery.start_soon(self._guarded, self._copy)
+            case Kind.JOIN:
+                if node.standby is None:
+                    raise ProtocolError("JOIN for a node that does not follow")
+                await node.standby.join(record_in(frame))
+                node.setbacks = 0
+                node.enter(f"in sync with {self._theirs.node}")
+            case Kind.JOINED:
+                node.peer_joined = True
+                node.enter(f"{self._theirs.node} is in sync")
+            case Kind.HANDOVER_WANTED:
+                # Not a task of the link: once begun, a handover is finished whether the link lives or not.
+                node.nursery.start_soon(node.promotion.hand_over_when_asked)
+            case Kind.HANDOVER:
+                await node.promotion.take_over(record_in(frame), self._link)
+            case Kind.FAILED:
+                log.error("%s is out of sync: %s", self._theirs.node, wire.message(frame))
+            case Kind.REFUSED:
+                node.on_refusal(str(wire.message(frame)))
+            case _:
+                raise ProtocolError(f"{frame.kind.name} where it means nothing")
+
+    # ---- the source's side
+
+    async def _ask_to_follow(self) -> None:
+        node = self._node
+        async with node.promotion.lock:
+            epoch = node.keeper.record.epoch
+            assert epoch is not None
+            if node.primary is not None and epoch.has(self._theirs.node):
+                await node.keeper.begin_alone()
+        self._link.streams += 1
+        self._link.send_message(Kind.FOLLOW, epochs.pack_record(node.keeper.record))
+
+    async def _copy(self) -> None:
+        """The other node follows: serve if nobody does, and bring it to the same tree."""
+        node, verdict, theirs = self._node, self._verdict, self._theirs
+        async with node.promotion.lock:
+            if not (isinstance(verdict, epochs.Resume) and verdict.primary == node.name):
+                raise ProtocolError("FOLLOWING from a node that was not asked to follow")
+            if node.primary is None:
+                await node.keeper.begin_alone()
+                await node.lead(verdict.reason)
+            primary = node.primary
+        if primary is None:
+            return
+        started = time.monotonic()
+        log.info("bringing %s in sync", theirs.node)
+        copier = await primary.begin_copy(self._link)
+        await copier.run()
+        if not await primary.join(Member(theirs.node, theirs.boot)):
+            return
+        self._link.send_message(Kind.JOIN, epochs.pack_record(node.keeper.record))
+        took_s = time.monotonic() - started
+        log.info("%s: %d files, %d bytes copied in %.1f s", theirs.node, copier.files_done, copier.bytes_done, took_s)
+
+    # ---- the target's side
+
+    async def _follow(self, record: epochs.Record) -> None:
+        """Become a copy of the other node; after failures, such as a full disk, not at once."""
+        node = self._node
+        if node.setbacks:
+            delay_s = min(0.5 * 2**node.setbacks, _MAX_SETBACK_S)
+            node.explain(f"{node.reason}; the copy is tried again in {delay_s:g} s")
+            await trio.sleep(delay_s)
+        async with node.promotion.lock:
+            if node.primary is not None:
+                raise ProtocolError("FOLLOW for a node that is the primary")
+            mine = node.keeper.record
+            if any(epoch.tag in mine.wrote and not record.knows(epoch) for epoch in mine.epochs):
+                raise ProtocolError("FOLLOW for a node that acknowledged changes which the other does not know of")
+            await self._become_target(record)
+        self._link.send_message(Kind.FOLLOWING)
+
+    async def _become_target(self, record: epochs.Record) -> None:
+        node = self._node
+        self._link.streams += 1
+        node.use_volume(record.volume_id)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        reason = f"a copy from {self._theirs.node} began at {since}"
+        await node.keeper.adopt(record, Standing.RESYNCING, reason)
+        node.discard_local_data = False
+        await trio.to_thread.run_sync(empty_orphans, node.orphans)
+        node.tree.table.begin_era()
+        node.tree.table.close_idle()
+        await session.invalidate(node.tree.table.all())
+        node.standby = Standby(
+            node.tree,
+            node.keeper,
+            self._link,
+            node.nursery,
+            target=Target(node.tree, node.orphans),
+            before_first=trio.lowlevel.checkpoint,
+        )
+        node.enter(f"copying from {self._theirs.node}")
