@@ -95,6 +95,12 @@ def is_ours(path: Path) -> bool:
     return mount is not None and mount.kind == "fuse.mirrorfs"
 
 
+def mount_fuse(device: int, path: Path, name: str) -> None:
+    """mount(2) of the FUSE connection `device` (an open /dev/fuse) over `path`, with the file types and bits of a real one."""
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
+    _check(_slow_libc.mount(name.encode(), os.fsencode(path), b"fuse.mirrorfs", 0, options.encode()))
+
+
 def unmount(path: Path, mount: Mount | None) -> None:
     """Unmount `mount` if it is still the uppermost on `path`; OSError EBUSY while anybody uses it."""
     if mount is not None and top_mount(path) == mount:

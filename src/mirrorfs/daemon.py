@@ -11,12 +11,13 @@ from typing import Any
 
 import trio
 
-from mirrorfs import backing, control, session
+from mirrorfs import backing, control
 from mirrorfs.config import Config
 from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
+from mirrorfs.session import Session
 from mirrorfs.status import describe
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Daemon:
         self._failure: MirrorfsError | None = None
         self._node: Node | None = None
         self._mount: backing.Mount | None = None
+        self._session = Session()
 
     async def run(self, *, discard_local_data: bool) -> None:
         """Serve until unmounted or told to stop; raises the MirrorfsError that made it end."""
@@ -42,7 +44,7 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
             self._node = node
-            session.mount(node.operations, self._path, self._config.volume)
+            self._session.mount(node.operations, self._path, self._config.volume)
             self._mount = backing.top_mount(self._path)
             try:
                 nursery.start_soon(self._serve_mount)
@@ -57,7 +59,7 @@ class Daemon:
             finally:
                 # Requests that still wait are answered by the kernel once nothing is mounted any more.
                 backing.detach(self._path, self._mount)
-                session.close()
+                self._session.close()
         if self._failure is not None:
             raise self._failure
 
@@ -67,7 +69,7 @@ class Daemon:
         self._stop.set()
 
     async def _serve_mount(self) -> None:
-        await session.serve()
+        await self._session.serve()
         self._stop.set()
 
     async def _stop_on_signal(self) -> None:

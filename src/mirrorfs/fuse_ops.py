@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _CACHE_S: Final = 86_400.0
 _ACL_ACCESS: Final = b"system.posix_acl_access"
+_ACL_DEFAULT: Final = b"system.posix_acl_default"
 _NAME_MAX: Final = 255
 
 P = ParamSpec("P")
@@ -140,6 +141,16 @@ class FuseOperations(pyfuse3.Operations):
         known.special = bool(entry.st_mode & (stat.S_ISUID | stat.S_ISGID))
         return entry
 
+    def _mode_of_new(self, parent: int, mode: int, ctx: pyfuse3.RequestContext) -> int:
+        """The mode asked for, less the umask unless the directory's default ACL takes its place."""
+        if not ctx.umask:
+            return mode
+        try:
+            self._tree.xattr(self._tree.table.get(parent), _ACL_DEFAULT)
+        except OSError:
+            return mode & ~ctx.umask
+        return mode
+
     def _group_of_new(self, parent: int, gid: int) -> tuple[int, bool]:
         """The group of a new file, and whether the directory hands its own down."""
         above = self._tree.stat(self._tree.table.get(parent))
@@ -211,6 +222,7 @@ class FuseOperations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         primary = self._primary()
+        mode = self._mode_of_new(parent, mode, ctx)
         gid, inherits = self._group_of_new(parent, ctx.gid)
         if inherits and stat.S_ISDIR(mode):
             mode |= stat.S_ISGID
@@ -347,7 +359,8 @@ class FuseOperations(pyfuse3.Operations):
         primary = self._primary()
         parent = self._id(parent_inode)
         gid, _ = self._group_of_new(parent, ctx.gid)
-        change = ops.MakeNode(parent, name, self._host.new_id(), stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, gid)
+        mode = stat.S_IFREG | stat.S_IMODE(self._mode_of_new(parent, mode, ctx))
+        change = ops.MakeNode(parent, name, self._host.new_id(), mode, ctx.uid, gid)
         try:
             known = await primary.change(change)
             flags &= ~os.O_TRUNC
@@ -461,6 +474,7 @@ class FuseOperations(pyfuse3.Operations):
                 return
             if index > 1:
                 known.lookups += 1
+                known.special = bool(entry.st_mode & (stat.S_ISUID | stat.S_ISGID))
                 if (listing.known.id, name) not in known.names:
                     known.names.append((listing.known.id, name))
 

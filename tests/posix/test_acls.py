@@ -255,11 +255,7 @@ def test_a_removed_default_acl_is_no_longer_inherited(here: Path) -> None:
     assert (mode_of(here / "directory" / "file"), get_acl(here / "directory" / "file")) == (0o666, "")
 
 
-def test_a_default_acl_takes_the_place_of_the_umask_with_a_umask(
-    here: Path, on_fuse: bool, request: pytest.FixtureRequest
-) -> None:
-    reason = "pyfuse3 does not ask for FUSE_DONT_MASK, so the kernel applies the umask before anybody sees the mode"
-    request.applymarker(pytest.mark.xfail(on_fuse, reason=reason, strict=True))
+def test_a_default_acl_takes_the_place_of_the_umask(here: Path) -> None:
     mkdir(here / "directory")
     set_acl(here / "directory", WIDE, ACL_DEFAULT)
     os.umask(0o077)

@@ -1,9 +1,6 @@
-"""The verdicts of two nodes that meet, and what an operator may do: told as stories, and checked for what holds in all of them.
+"""The verdicts of two nodes that meet: told as stories, and checked for what holds in all of them."""
 
-The nodes of the stories are `one`, which is the primary at first, and `two`.
-"""
-
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -11,110 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirrorfs.core import epochs
-from mirrorfs.core.epochs import (
-    Allowed,
-    AskFirst,
-    Epoch,
-    Forbidden,
-    Hello,
-    Member,
-    Record,
-    Refuse,
-    Resume,
-    SplitBrain,
-    Standing,
-    Verdict,
-    Wait,
-    may_promote,
-    meet,
-)
-
-_TAGS = iter(f"tag-{number}" for number in range(10**9))
-_VOLUME = "0123456789abcdef" * 2
-
-
-@dataclass
-class Node:
-    """A node of a story: what it has recorded, and whether it is serving."""
-
-    name: str
-    boot: str = "boot"
-    record: Record = field(default_factory=Record)
-    serving: bool = False
-    empty: bool = False
-    discard: bool = False
-
-    def hello(self) -> Hello:
-        return Hello("data", self.name, self.boot, self.record, self.serving, self.empty, self.discard)
-
-    def member(self) -> Member:
-        return Member(self.name, self.boot)
-
-    def begins(self, *in_sync: "Node", primary: "Node | None" = None, forced: bool = False, wrote: bool = False) -> Epoch:
-        """Begin a new epoch in this node's record."""
-        number = self.record.epoch.number + 1 if self.record.epoch else 1
-        members = frozenset(node.member() for node in in_sync)
-        epoch = Epoch(number, next(_TAGS), (primary or self).name, members, forced, 0.0)
-        self.record = replace(self.record, volume_id=self.record.volume_id or _VOLUME).begin(epoch)
-        if wrote:
-            self.writes_alone()
-        return epoch
-
-    def writes_alone(self) -> None:
-        assert self.record.epoch is not None
-        self.record = replace(self.record, wrote=self.record.wrote | {self.record.epoch.tag})
-
-    def adopts(self, other: "Node", standing: Standing = Standing.IN_SYNC) -> None:
-        """Take over the other's history."""
-        self.record = replace(other.record, wrote=frozenset(), standing=standing, reason="")
-
-    def restarts(self, *, machine: bool = False) -> None:
-        self.serving = False
-        if machine:
-            self.boot += "'"
-
-    def may_promote(self, *, peer: str | None = "two", met: "Node | None" = None) -> Allowed | AskFirst | Forbidden:
-        """The answer to an operator; `met` is the other node if it is connected."""
-        hello = met.hello() if met else None
-        name = met.name if met else peer
-        return may_promote(self.record, self.name, self.boot, peer=name, met=hello, lost_at="noon")
-
-
-def mirrored() -> tuple[Node, Node]:
-    """A pair as it is when all is well: one serves, both are in sync."""
-    one, two = Node("one"), Node("two")
-    one.begins(one, wrote=True)
-    one.begins(one, two)
-    two.adopts(one)
-    one.serving = True
-    return one, two
-
-
-def verdict(one: Node, two: Node) -> Verdict:
-    """The verdict of both, which has to be the same one."""
-    found = meet(one.hello(), two.hello())
-    assert found == meet(two.hello(), one.hello())
-    return found
-
-
-def assert_resumes(one: Node, two: Node, primary: str) -> None:
-    found = verdict(one, two)
-    assert isinstance(found, Resume), found
-    assert found.primary == primary
-
-
-def assert_waits(one: Node, two: Node) -> str:
-    """The reason for which both wait."""
-    found = verdict(one, two)
-    assert isinstance(found, Wait), found
-    return found.reason
-
-
-def assert_split(one: Node, two: Node, *, stops: str) -> None:
-    found = verdict(one, two)
-    assert isinstance(found, SplitBrain), found
-    assert found.stops == stops
-
+from mirrorfs.core.epochs import Forbidden, Refuse, Resume, SplitBrain, Standing, meet
+from tests.unit.stories import VOLUME, Node, assert_resumes, assert_split, assert_waits, mirrored, verdict
 
 # ---- the beginning
 
@@ -181,7 +76,7 @@ def test_nodes_of_different_volumes_refuse_each_other() -> None:
 
 def test_two_volumes_of_the_same_name_refuse_each_other() -> None:
     one, two = mirrored()
-    two.record = replace(two.record, volume_id=_VOLUME[::-1])
+    two.record = replace(two.record, volume_id=VOLUME[::-1])
     found = verdict(one, two)
     assert isinstance(found, Refuse)
     assert "different volumes" in found.reason
@@ -488,10 +383,10 @@ def test_a_record_and_a_greeting_come_back_from_msgpack_as_they_were(pair: tuple
         assert epochs.unpack_hello(msgpack.unpackb(msgpack.packb(epochs.pack_hello(node.hello())))) == node.hello()
 
 
-@pytest.mark.parametrize("volume_id", ["v", _VOLUME[1:], _VOLUME + "00", "g" * 32, " " * 32, _VOLUME[:-2] + "é9", 7, None, b""])
+@pytest.mark.parametrize("volume_id", ["v", VOLUME[1:], VOLUME + "00", "g" * 32, " " * 32, VOLUME[:-2] + "é9", 7, None, b""])
 def test_a_record_of_a_volume_whose_id_is_not_32_hexadecimal_digits_is_refused(volume_id: object) -> None:
     packed = epochs.pack_record(mirrored()[0].record)
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError):
         epochs.unpack_record(packed | {"volume_id": volume_id})
     assert epochs.unpack_record(packed | {"volume_id": ""}).volume_id == ""
 
@@ -503,87 +398,3 @@ def test_a_history_is_bounded_and_forgets_its_oldest_epochs_and_what_was_written
     assert len(one.record.epochs) == len(one.record.wrote) == epochs.HISTORY
     assert one.record.epoch is not None
     assert one.record.epoch.number == epochs.HISTORY + 10
-
-
-# ---- promoting by hand
-
-
-def test_the_first_promotion_of_a_volume_needs_the_other_node_or_a_word() -> None:
-    assert isinstance(Node("one").may_promote(peer=None), Allowed)
-    assert isinstance(Node("one").may_promote(met=Node("two")), Allowed)
-    assert isinstance(Node("one").may_promote(), AskFirst)
-
-
-def test_a_node_that_was_in_sync_when_the_link_broke_asks_and_says_since_when() -> None:
-    one, two = mirrored()
-    found = two.may_promote(peer="one")
-    assert isinstance(found, AskFirst)
-    assert "since noon" in found.reason
-    assert isinstance(two.may_promote(met=one), Allowed)
-
-
-def test_a_standby_is_refused_while_the_other_tells_it_of_an_epoch_that_it_had_alone() -> None:
-    one, two = mirrored()
-    one.begins(one, wrote=True)
-    one.restarts()
-    one.record = replace(one.record, standing=Standing.OUTDATED, reason="an fsync failed")
-    found = two.may_promote(met=one)
-    assert isinstance(found, Forbidden)
-    assert "one knows of epoch 3" in found.reason
-
-
-def test_a_new_node_is_refused_while_the_other_tells_it_of_a_history() -> None:
-    one, _ = mirrored()
-    one.restarts()
-    found = Node("two", empty=True).may_promote(met=one)
-    assert isinstance(found, Forbidden)
-    assert "one knows of epoch 2" in found.reason
-
-
-def test_a_node_that_went_on_alone_is_allowed_while_the_other_knows_only_less() -> None:
-    one, two = mirrored()
-    one.begins(one, wrote=True)
-    one.restarts()
-    assert isinstance(one.may_promote(met=two), Allowed)
-
-
-def test_a_node_that_was_alone_asks() -> None:
-    one, _ = mirrored()
-    one.begins(one)
-    found = one.may_promote()
-    assert isinstance(found, AskFirst)
-    assert "alone in epoch 3" in found.reason
-
-
-@pytest.mark.parametrize("standing", [Standing.RESYNCING, Standing.OUTDATED])
-def test_a_node_that_knows_itself_behind_is_refused_with_the_reason(standing: Standing) -> None:
-    _, two = mirrored()
-    two.record = replace(two.record, standing=standing, reason="the disk was full")
-    found = two.may_promote(peer="one")
-    assert isinstance(found, Forbidden)
-    assert standing.value in found.reason
-    assert "the disk was full" in found.reason
-
-
-def test_a_node_that_the_newest_epoch_leaves_out_is_refused() -> None:
-    one, two = mirrored()
-    one.begins(one)
-    two.adopts(one)
-    found = two.may_promote(peer="one")
-    assert isinstance(found, Forbidden)
-    assert "behind" in found.reason
-
-
-def test_a_node_whose_machine_was_restarted_while_in_sync_is_refused_and_says_which_writes_may_be_missing() -> None:
-    _, two = mirrored()
-    two.restarts(machine=True)
-    found = two.may_promote(peer="one")
-    assert isinstance(found, Forbidden)
-    assert "fsynced" in found.reason
-
-
-def test_a_node_that_was_alone_before_its_machine_restarted_is_only_asked() -> None:
-    one, _ = mirrored()
-    one.begins(one)
-    one.restarts(machine=True)
-    assert isinstance(one.may_promote(), AskFirst)
