@@ -1,4 +1,4 @@
-"""One node, its directory and its mount: what adoption does and release undoes, what is refused, and what the end takes away."""
+"""One node, its directory and its mount: what adoption does and release undoes, what is refused, what the end takes away."""
 
 import errno
 import os

@@ -75,7 +75,9 @@ class Record:
         return replace(self, epochs=epochs, wrote=self.wrote & known)
 
     def knows(self, epoch: Epoch) -> bool:
-        """Whether the epoch is part of this history."""
+        """Whether the epoch is part of this history, or older than what is remembered of it."""
+        if self.epochs and epoch.number < self.epochs[0].number:
+            return True
         return any(epoch.same(known) for known in self.epochs)
 
 
@@ -234,13 +236,23 @@ def _meet_fork(one: Hello, two: Hello) -> Verdict:
         what = "was promoted by force" if forced else "both acknowledged changes alone"
         who = forced[0].node if forced else f"{one.node} (epoch {_number(one)}) and {two.node} (epoch {_number(two)})"
         return SplitBrain(f"{who} {what}", _primary_before(one, two))
-    keeper = dirty[0] if dirty else max((one, two), key=lambda h: (_number(h), h.serving, h.node))
+    keeper = dirty[0] if dirty else _better_of_fork(one, two)
     other = one if keeper is two else two
     epoch = keeper.record.epoch
     assert epoch is not None
     if not keeper.serving and (keeper.record.standing is not Standing.IN_SYNC or not epoch.has(keeper.node)):
         return Wait(f"{keeper.node} has the newest changes but not a complete tree: a person has to choose")
     return Resume(keeper.node, f"{other.node} acknowledged nothing in its epoch {_number(other)}")
+
+
+def _better_of_fork(one: Hello, two: Hello) -> Hello:
+    """Who goes on if neither acknowledged anything since they parted: who has what was acknowledged before, in memory too."""
+    common = [epoch for epoch in one.record.epochs if two.record.knows(epoch)]
+
+    def merit(hello: Hello) -> tuple[bool, bool, int, str]:
+        return (bool(common) and _intact(hello, common[-1]), hello.serving, _number(hello), hello.node)
+
+    return max((one, two), key=merit)
 
 
 def _unknown(hello: Hello, other: Hello) -> list[Epoch]:
@@ -317,7 +329,11 @@ def may_promote(
         return Forbidden(
             "this machine was restarted while it was in sync: everything fsynced is here, later writes may be missing"
         )
-    if peer is None or met is not None:
+    if peer is None or (met is not None and met.record.epochs):
+        return Allowed()
+    if met is not None and len(epoch.in_sync) > 1:
+        return AskFirst(f"{met.node} is new: if the one before it went on alone, what it acknowledged then is missing here")
+    if met is not None:
         return Allowed()
     if len(epoch.in_sync) == 1:
         return AskFirst(

@@ -193,11 +193,18 @@ def check(operation: Operation) -> None:
 
     A name that is more than a name would lead out of the tree.
     """
+    of_root = isinstance(operation, Entry) and (operation.file, operation.parent, operation.name) == (1, 0, b"")
     for field in fields(operation):
         value = getattr(operation, field.name)
-        if not (value is None and isinstance(operation, SetAttributes)) and not _is_sound(field.name, value):
-            if isinstance(operation, Entry) and operation.file == 1 and value in (0, b""):
-                continue  # the root has neither parent nor name
+        if value is None and isinstance(operation, SetAttributes) and field.name != "file":
+            continue
+        if of_root and field.name in ("parent", "name"):
+            continue
+        if field.name == "name" and isinstance(operation, SetXattr | RemoveXattr):
+            sound = type(value) is bytes and 0 < len(value) <= 255 and b"\0" not in value
+        else:
+            sound = _is_sound(field.name, value)
+        if not sound:
             raise ValueError(f"{field.name} {value!r}"[:100])
 
 
