@@ -207,6 +207,7 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
     _refuse_mounted(path)
     if not path.is_dir():
         raise MirrorfsError(f"{path}: not a directory: make it first")
+    before = os.stat(path)
     base = path / HIDDEN if backing is None else backing
     if not base.is_dir():
         _open_path(path, base)
@@ -215,7 +216,6 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
         except OSError as error:
             raise MirrorfsError(f"{base}: cannot be made: {error.strerror}") from error
     lock = _lock(base, path)
-    before = os.stat(path)
     try:
         for room in ("tree", "orphans"):
             (base / room).mkdir(mode=0o700, exist_ok=True)

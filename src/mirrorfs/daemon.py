@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -21,6 +21,8 @@ from mirrorfs.session import Session
 from mirrorfs.status import describe
 
 log = logging.getLogger(__name__)
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Daemon:
@@ -44,6 +46,7 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
             self._node = node
+            await node.check_tree()
             self._session.mount(node.operations, self._path, self._config.volume)
             self._mount = backing.top_mount(self._path)
             try:
@@ -73,11 +76,15 @@ class Daemon:
         self._stop.set()
 
     async def _stop_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for _ in signals:
-                log.info("asked to stop")
-                await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
-                self._stop.set()
+        try:
+            with trio.open_signal_receiver(*_SIGNALS) as signals:
+                async for _ in signals:
+                    log.info("asked to stop")
+                    await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
+                    self._stop.set()
+        finally:
+            for number in _SIGNALS:  # the end has begun: asking again must not cut it short
+                signal.signal(number, signal.SIG_IGN)
 
     async def _on_command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Answer a command from the control socket."""

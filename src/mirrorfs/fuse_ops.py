@@ -304,8 +304,11 @@ class FuseOperations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        if change != ops.SetAttributes(known.id):
-            await primary.change(change, known)
+        if change == ops.SetAttributes(known.id):
+            # Nothing but "kill the special bits": chown(2) with -1 and -1, which clears them as any chown does.
+            status = self._tree.stat(known)
+            change = ops.SetAttributes(known.id, uid=status.st_uid, gid=status.st_gid)
+        await primary.change(change, known)
         return self._entry(known, number=inode)
 
     @_answered

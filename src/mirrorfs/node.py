@@ -297,9 +297,8 @@ class Node:
     # ---- from start to end
 
     async def begin(self, nursery: trio.Nursery) -> None:
-        """Look for the other node, or run alone where none is configured; MirrorfsError if the tree is not the record's."""
+        """Look for the other node, or run alone where none is configured."""
         peer, own = self.config.peer, self.config.node
-        await self._check_tree()
         nursery.start_soon(self._housekeeping)
         nursery.start_soon(self._sync_idle)
         if peer is None:
@@ -309,8 +308,8 @@ class Node:
         else:
             nursery.start_soon(dial, own.address, peer.address, peer.port, self._visit)
 
-    async def _check_tree(self) -> None:
-        """The record must be this tree's: an empty disk, or one that is not mounted, must never become the source."""
+    async def check_tree(self) -> None:
+        """MirrorfsError unless the record is this tree's: an empty disk, or one that is not mounted, must never be a source."""
         if self._is_own_tree:
             return
         if not self.discard_local_data:
