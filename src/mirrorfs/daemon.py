@@ -76,15 +76,13 @@ class Daemon:
         self._stop.set()
 
     async def _stop_on_signal(self) -> None:
-        try:
-            with trio.open_signal_receiver(*_SIGNALS) as signals:
-                async for _ in signals:
-                    log.info("asked to stop")
-                    await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
-                    self._stop.set()
-        finally:
-            for number in _SIGNALS:  # the end has begun: asking again must not cut it short
-                signal.signal(number, signal.SIG_IGN)
+        for number in _SIGNALS:  # what holds again after the receiver: asking twice must not cut the end short
+            signal.signal(number, signal.SIG_IGN)
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            async for _ in signals:
+                log.info("asked to stop")
+                await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
+                self._stop.set()
 
     async def _on_command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Answer a command from the control socket."""
