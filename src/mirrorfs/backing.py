@@ -312,7 +312,7 @@ def release(path: Path, backing: Path | None = None) -> None:
 
 
 def _release_in_place(path: Path, base: Path) -> None:
-    if os.listdir(base / "orphans"):
+    if (base / "orphans").is_dir() and os.listdir(base / "orphans"):
         raise MirrorfsError(f"{base / 'orphans'}: not empty: a resync was interrupted; delete what is in it first")
     top, tree = os.fsencode(path), os.fsencode(base / "tree")
     names = os.listdir(tree)
@@ -326,6 +326,8 @@ def _release_in_place(path: Path, base: Path) -> None:
     for own in ("adopted", "lock"):
         with suppress(FileNotFoundError):
             (base / own).unlink()
-    os.rmdir(base / "orphans")
+    with suppress(FileNotFoundError):
+        os.rmdir(base / "orphans")
     os.rmdir(tree)
     os.rmdir(base)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -43,28 +43,31 @@ class Daemon:
         """Serve until unmounted or told to stop; raises the MirrorfsError that made it end."""
         token = trio.lowlevel.current_trio_token()
         self._keeper.failed = lambda error: token.run_sync_soon(self._fail, error)
-        async with trio.open_nursery() as nursery:
-            node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
-            self._node = node
-            await node.check_tree()
-            self._session.mount(node.operations, self._path, self._config.volume)
-            self._mount = backing.top_mount(self._path)
-            try:
-                nursery.start_soon(self._serve_mount)
-                await nursery.start(control.serve, self._config.node.control, self._on_command)
-                nursery.start_soon(self._stop_on_signal)
-                await node.begin(nursery)
-                _notify_systemd("READY=1")
-                await self._stop.wait()
-                _notify_systemd("STOPPING=1")
-                await node.finish()
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._serve(nursery, discard_local_data)
                 nursery.cancel_scope.cancel()
-            finally:
-                # Requests that still wait are answered by the kernel once nothing is mounted any more.
-                backing.detach(self._path, self._mount)
-                self._session.close()
+        finally:
+            # No task uses the session any more. Requests that still wait are answered by the kernel when it is closed.
+            backing.detach(self._path, self._mount)
+            self._session.close()
         if self._failure is not None:
             raise self._failure
+
+    async def _serve(self, nursery: trio.Nursery, discard_local_data: bool) -> None:
+        node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
+        self._node = node
+        await node.check_tree()
+        self._session.mount(node.operations, self._path, self._config.volume)
+        self._mount = backing.top_mount(self._path)
+        nursery.start_soon(self._serve_mount)
+        await nursery.start(control.serve, self._config.node.control, self._on_command)
+        nursery.start_soon(self._stop_on_signal)
+        await node.begin(nursery)
+        _notify_systemd("READY=1")
+        await self._stop.wait()
+        _notify_systemd("STOPPING=1")
+        await node.finish()
 
     def _fail(self, error: MirrorfsError) -> None:
         """The node's durable state cannot be written: nothing may be promised any more."""

@@ -40,6 +40,7 @@ class Session:
 
     def __init__(self) -> None:
         self._fuse = -1
+        self._mounted = False
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._poll = select.poll()
 
@@ -49,6 +50,7 @@ class Session:
             self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
             backing.mount_fuse(self._fuse, path, volume)
             pyfuse3.init(operations, f"/dev/fd/{self._far.fileno()}", set())
+            self._mounted = True
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise MirrorfsError(f"{path}: cannot be mounted: {why}. Is /dev/fuse there, and is this root?") from error
@@ -61,8 +63,13 @@ class Session:
 
     def close(self) -> None:
         """Give back what the session held. Unmounts nothing: it has been done, or would hit what is mounted below."""
-        self._far.detach()  # libfuse closes it
-        pyfuse3.close(unmount=False)
+        if self._mounted:
+            self._far.detach()  # libfuse closes it
+            pyfuse3.close(unmount=False)
+        else:
+            self._far.close()
+        if self._fuse >= 0:
+            os.close(self._fuse)
         self._near.close()
 
     async def _negotiate(self) -> None:
@@ -90,6 +97,7 @@ class Session:
                 await trio.lowlevel.checkpoint()
         os.dup2(self._fuse, self._far.fileno(), inheritable=False)
         os.close(self._fuse)
+        self._fuse = -1
         self._poll.register(self._far.fileno(), select.POLLIN)
 
     async def _wait_and_look_again(self) -> bool:

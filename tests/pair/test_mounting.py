@@ -407,3 +407,13 @@ def test_the_exit_status_says_what_kind_of_failure_it_was(node: Node, tmp_path: 
     assert process.returncode == 0
     node.config.write_text("volume = 7\n")
     _refused(node.run("mount", node.path), str(node.config), "volume", status=2)
+
+
+def test_an_address_that_is_not_this_machines_is_one_clear_line_and_leaves_no_mount(node: Node) -> None:
+    text = node.config.read_text().replace("127.0.0.1", "192.0.2.1")
+    node.config.write_text(text + '[nodes.two]\naddress = "192.0.2.2"\n')
+    done = node.run("mount", node.path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("mirrorfs: cannot listen on 192.0.2.1 port 7788")
+    assert "Traceback" not in done.stderr
+    assert backing.top_mount(node.path) is None

@@ -190,7 +190,7 @@ _ID = ids.make(1, 1, 1)
 _DIRECTORY = 0o040755
 ESCAPES: dict[str, ops.Operation] = {
     "making a directory": ops.MakeNode(1, b"../made", _ID, _DIRECTORY, 0, 0),
-    "making a file": ops.MakeNode(1, b"/tmp/made", _ID, 0o100644, 0, 0),
+    "making a file": ops.MakeNode(1, b"./../made", _ID, 0o100644, 0, 0),
     "a symbolic link": ops.Symlink(1, b"../made", _ID, b"target", 0, 0),
     "a hard link": ops.Link(1, 1, b"../made"),
     "removing": ops.Unlink(1, b"../victim"),
