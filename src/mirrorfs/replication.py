@@ -362,8 +362,9 @@ class Primary:
 
     @property
     def settled(self) -> bool:
-        """Whether the peer has been told all times."""
-        return not self._unsettled
+        """Whether the peer has been told all times, and has applied all that was sent."""
+        stream = self.stream
+        return not self._unsettled and (stream is None or stream.acknowledged == stream.sent)
 
     async def run(self) -> None:
         """The housekeeping of a primary: times, ids, descriptors."""
