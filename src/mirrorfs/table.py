@@ -187,6 +187,12 @@ class Table:
             self._paths.move_to_end(known.id)
         return known.path
 
+    def handle(self, known: Known) -> bytes:
+        """Its file handle: it opens the file again, also after a restart of this node."""
+        if not known.handle:
+            known.handle = backing.handle_of(self.descriptor(known))
+        return known.handle
+
     def proc(self, known: Known) -> str:
         """A path that leads to the file itself, symbolic links included, for calls that take no descriptor."""
         return f"/proc/self/fd/{self.descriptor(known)}"
@@ -283,13 +289,20 @@ class Table:
     def _rest(self, known: Known) -> None:
         self._idle[known.id] = known
         if len(self._idle) > self._max_idle:
-            self._close_idle_data()
+            self._close_idle_data(known)
 
-    def _close_idle_data(self) -> None:
-        """Close some idle descriptors that are synced. If too few are, the limit is exceeded until `note_synced`."""
+    def _close_idle_data(self, newest: Known | None = None) -> None:
+        """Close some idle descriptors that are synced. If too few are, the limit is exceeded until `note_synced`.
+
+        Never that of `newest`: whoever put it there is about to use it, and a file that was just made is in nobody's care yet.
+        """
         excess = len(self._idle) - self._max_idle * 3 // 4
         if excess > 0:
-            synced = (known for known in self._idle.values() if known.version == known.synced and not known.gone)
+            synced = (
+                known
+                for known in self._idle.values()
+                if known.version == known.synced and not known.gone and known is not newest
+            )
             for known in list(itertools.islice(synced, excess)):
                 self._close_data(known)
 
