@@ -29,6 +29,8 @@ _FS_IMMUTABLE_FL: Final = 0x10
 _MNT_DETACH: Final = 2
 _AT_EMPTY_PATH: Final = 0x1000
 _HANDLE_BYTES: Final = 128
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
 
 # PyDLL keeps the GIL: these calls are short, and giving it up costs more than they take.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -62,6 +64,12 @@ def open_handle(mount: int, handle: bytes, flags: int) -> int:
 def rename2(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:
     """renameat2(2)."""
     _check(_libc.renameat2(old_directory, old, new_directory, new, flags))
+
+
+def punch_hole(descriptor: int, offset: int, size: int) -> None:
+    """fallocate(2): these bytes are a hole from now on; the size of the file stays as it is."""
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    _check(_slow_libc.fallocate(descriptor, mode, ctypes.c_long(offset), ctypes.c_long(size)))
 
 
 def syncfs(descriptor: int) -> None:

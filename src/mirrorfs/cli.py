@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+journal_app = typer.Typer(help="What this node keeps outside the tree, on disk.", no_args_is_help=True)
+app.add_typer(journal_app, name="journal")
 app.add_typer(lab_app, name="lab")
 app.command()(demo)
 app.command()(bench)
@@ -202,6 +204,23 @@ def release(context: typer.Context, path: _MountPoint, config: _ConfigFile = Non
     from mirrorfs import backing as store
 
     store.release(path.absolute(), backing)
+
+
+@journal_app.command()
+def show(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Show epochs, ids and the dirty log from disk, also while the node runs. Exit status 1 if a file is damaged."""
+    loaded = _load(context, config, node)
+
+    from mirrorfs import journal_show
+
+    found = journal_show.describe(loaded.node.state_dir)
+    print(json.dumps(found) if as_json else journal_show.in_words(found))
+    raise typer.Exit(1 if journal_show.is_damaged(found) else 0)
 
 
 def _configure_logging() -> None:

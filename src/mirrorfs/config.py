@@ -59,6 +59,7 @@ class ReplicationConfig:
     ack_timeout_s: float = 2.0
     freeze_timeout_s: float = 10.0
     stall_timeout_s: float = 30.0
+    checkpoint_interval_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +294,7 @@ def _read_replication(table: _Table) -> ReplicationConfig:
         ack_timeout_s=table.take_duration_s("ack_timeout", default.ack_timeout_s),
         freeze_timeout_s=table.take_duration_s("freeze_timeout", default.freeze_timeout_s),
         stall_timeout_s=table.take_duration_s("stall_timeout", default.stall_timeout_s),
+        checkpoint_interval_s=table.take_duration_s("checkpoint_interval", default.checkpoint_interval_s),
     )
     table.reject_rest()
     return replication

@@ -13,13 +13,18 @@ import trio
 
 from mirrorfs import session
 from mirrorfs.core import epochs, wire
+from mirrorfs.core.dirty import is_quick
 from mirrorfs.core.epochs import Hello, Member, Standing
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
 from mirrorfs.peer import Link
-from mirrorfs.resync import Target, empty_orphans
+from mirrorfs.resync import reports
+from mirrorfs.resync.full import Target
+from mirrorfs.resync.making import empty_orphans
+from mirrorfs.resync.quick import CannotCatchUpError
+from mirrorfs.resync.quick_target import Returning
 from mirrorfs.space import Space
-from mirrorfs.standby import Standby, record_in
+from mirrorfs.standby import Standby, record_in, record_of
 
 if TYPE_CHECKING:
     from mirrorfs.node import Node
@@ -39,6 +44,8 @@ class Conversation:
         self._verdict = verdict
         self._mine = mine
         self._theirs = theirs
+        self._quick = False
+        self._hot: list[Any] = []
 
     async def run(self) -> None:
         """Serve the link until it ends; whatever goes wrong on it ends no more than the link."""
@@ -124,7 +131,15 @@ class Conversation:
             case Kind.ACK | Kind.FLUSHED:
                 pass  # of a stream that has ended
             case Kind.FOLLOW:
-                nursery.start_soon(self._guarded, self._follow, record_in(frame))
+                content = wire.message(frame)
+                if not isinstance(content, dict) or not isinstance(content.get("quick"), bool):
+                    raise ProtocolError("a malformed FOLLOW")
+                nursery.start_soon(self._guarded, self._follow, record_of(content.get("record"), frame.kind), content["quick"])
+            case Kind.HOT:
+                self._hot.append(wire.message(frame))
+            case Kind.LACKED:
+                if node.primary is not None:
+                    node.primary.on_lacked(_ids_in(wire.message(frame)))
             case Kind.FOLLOWING:
                 nursery.start_soon(self._guarded, self._copy)
             case Kind.JOIN:
@@ -158,7 +173,8 @@ class Conversation:
             if node.primary is not None and epoch.has(self._theirs.node):
                 await node.keeper.begin_alone()
         self._link.streams += 1
-        self._link.send_message(Kind.FOLLOW, epochs.pack_record(node.keeper.record))
+        self._quick = is_quick(node.activity.dirty.head, self._theirs.dirty) and not self._theirs.discard_local_data
+        self._link.send_message(Kind.FOLLOW, {"record": epochs.pack_record(node.keeper.record), "quick": self._quick})
 
     async def _copy(self) -> None:
         """The other node follows: serve if nobody does, and bring it to the same tree."""
@@ -173,9 +189,14 @@ class Conversation:
         if primary is None:
             return
         started = time.monotonic()
-        log.info("bringing %s in sync", theirs.node)
-        copier = await primary.begin_copy(self._link)
-        await copier.run()
+        log.info("bringing %s in sync, %s", theirs.node, "by what may differ" if self._quick else "by a full copy")
+        report, self._hot = reports.unpack(self._hot) if self._quick else None, []
+        copier = await primary.begin_copy(self._link, theirs.dirty, report)
+        try:
+            await copier.run()
+        except CannotCatchUpError:
+            await node.activity.distrust()
+            raise
         if not await primary.join(Member(theirs.node, theirs.boot)):
             return
         self._link.send_message(Kind.JOIN, epochs.pack_record(node.keeper.record))
@@ -184,7 +205,7 @@ class Conversation:
 
     # ---- the target's side
 
-    async def _follow(self, record: epochs.Record) -> None:
+    async def _follow(self, record: epochs.Record, quick: bool) -> None:
         """Become a copy of the other node; after failures, such as a full disk, not at once."""
         node = self._node
         if node.setbacks:
@@ -195,29 +216,45 @@ class Conversation:
             if node.primary is not None:
                 raise ProtocolError("FOLLOW for a node that is the primary")
             mine = node.keeper.record
-            if any(epoch.tag in mine.wrote and not record.knows(epoch) for epoch in mine.epochs):
+            if any(epoch.tag in mine.wrote and not record.remembers(epoch) for epoch in mine.epochs):
                 raise ProtocolError("FOLLOW for a node that acknowledged changes which the other does not know of")
-            await self._become_target(record)
+            await self._become_target(record, quick)
         self._link.send_message(Kind.FOLLOWING)
 
-    async def _become_target(self, record: epochs.Record) -> None:
+    async def _become_target(self, record: epochs.Record, quick: bool) -> None:
         node = self._node
         self._link.streams += 1
         node.use_volume(record.volume_id)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        reason = f"a copy from {self._theirs.node} began at {since}"
+        reason = f"a {'quick resync' if quick else 'copy'} from {self._theirs.node} began at {since}"
+        # What an interrupted quick resync has set aside is still needed by the next.
+        is_continued = quick and node.keeper.record.standing is Standing.RESYNCING
+        if not quick:
+            await node.activity.distrust()
         await node.keeper.adopt(record, Standing.RESYNCING, reason)
         node.discard_local_data = False
-        await trio.to_thread.run_sync(empty_orphans, node.orphans)
+        if not is_continued:
+            await trio.to_thread.run_sync(empty_orphans, node.orphans)
         node.tree.table.begin_era()
         node.tree.table.close_idle()
         await session.invalidate(node.tree.table.all())
+        if quick:
+            for items in reports.pack(node.activity.dirty, node.tree):
+                self._link.send_message(Kind.HOT, items)
+                await trio.lowlevel.checkpoint()
         node.standby = Standby(
             node.tree,
             node.keeper,
+            node.activity,
             self._link,
             node.nursery,
-            target=Target(node.tree, node.orphans),
+            target=(Returning if quick else Target)(node.tree, node.orphans),
             before_first=trio.lowlevel.checkpoint,
         )
-        node.enter(f"copying from {self._theirs.node}")
+        node.enter(f"{'catching up with' if quick else 'copying from'} {self._theirs.node}")
+
+
+def _ids_in(content: Any) -> list[int]:
+    if not isinstance(content, list) or not all(isinstance(number, int) and 0 < number < 1 << 63 for number in content):
+        raise ProtocolError("a malformed LACKED")
+    return content

@@ -12,7 +12,9 @@ from typing import Any, Final
 import trio
 
 from mirrorfs import backing, control
+from mirrorfs.activity import Activity
 from mirrorfs.config import Config
+from mirrorfs.dirty_log import DirtyLog
 from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
@@ -28,11 +30,12 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Daemon:
     """One process from mount to unmount."""
 
-    def __init__(self, config: Config, path: Path, under: backing.Backing, keeper: Keeper) -> None:
+    def __init__(self, config: Config, path: Path, under: backing.Backing, keeper: Keeper, activity: Activity) -> None:
         self._config = config
         self._path = path
         self._under = under
         self._keeper = keeper
+        self._activity = activity
         self._stop = trio.Event()
         self._failure: MirrorfsError | None = None
         self._node: Node | None = None
@@ -55,7 +58,7 @@ class Daemon:
             raise self._failure
 
     async def _serve(self, nursery: trio.Nursery, discard_local_data: bool) -> None:
-        node = Node(self._config, self._under, self._keeper, nursery, discard_local_data=discard_local_data)
+        node = Node(self._config, self._under, self._keeper, self._activity, nursery, discard_local_data=discard_local_data)
         self._node = node
         await node.check_tree()
         self._session.mount(node.operations, self._path, self._config.volume)
@@ -145,14 +148,20 @@ def run(config: Config, path: Path, *, discard_local_data: bool) -> None:
     try:
         under = backing.adopt(path, config.node.backing)
         try:
-            trio.run(_run, config, path, under, journal, discard_local_data)
+            trio.run(_run, config, path, under, journal, DirtyLog(state), discard_local_data)
         finally:
             under.close()
     finally:
         os.close(lock)
 
 
-async def _run(config: Config, path: Path, under: backing.Backing, journal: Journal, discard_local_data: bool) -> None:
+async def _run(
+    config: Config, path: Path, under: backing.Backing, journal: Journal, store: DirtyLog, discard_local_data: bool
+) -> None:
     names = sorted(node.name for node in (config.node, config.peer) if node is not None)
     keeper = Keeper(journal, config.node.name, names.index(config.node.name))
-    await Daemon(config, path, under, keeper).run(discard_local_data=discard_local_data)
+    activity = Activity(store, keeper)
+    try:
+        await Daemon(config, path, under, keeper, activity).run(discard_local_data=discard_local_data)
+    finally:
+        activity.close()

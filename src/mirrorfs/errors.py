@@ -43,6 +43,10 @@ class JournalError(MirrorfsError):
     """The node's durable state cannot be read or written; the node must not go on."""
 
 
+class DirtyLogDamagedError(JournalError):
+    """The log of what is dirty cannot be trusted: the node may go on, after a full compare with the other one."""
+
+
 class ProtocolError(MirrorfsError):
     """What arrived on a link is not what a peer of this version sends; ends the link, never the daemon."""
 

@@ -7,7 +7,7 @@ crash at any instant leaves the old content or the new one. docs/JOURNAL.md desc
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -23,8 +23,58 @@ _HEAD: Final = struct.Struct("<8sHHII")
 _MAX_SIZE: Final = 1 << 20
 
 
-def _no_fault(label: str) -> None:
+def no_fault(label: str) -> None:
     """In production nothing happens at a label."""
+
+
+def write_error(path: Path, error: OSError) -> JournalError:
+    """What is raised when the disk would not take it."""
+    return JournalError(
+        f"{path}: cannot be written: {error.strerror}. This node stops; make room or mend the disk, then start it again"
+    )
+
+
+def check_written(count_bytes: int, wanted_bytes: int) -> None:
+    """A write that took less than it was given has met a full disk, whatever it answered."""
+    if count_bytes != wanted_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def sync_directory(directory: Path) -> None:
+    """Make durable which files are in it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, chunks: Iterable[bytes], at: Callable[[str], None]) -> int:
+    """Put a new file in the place of `path`, durably; a descriptor for writing to it, which the caller closes.
+
+    JournalError if the disk would not take it, and then the old file stands or the new one.
+    """
+    name = path.name
+    fresh = path.with_name(f"{name}.new")
+    try:
+        at(f"{name}:open")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            for chunk in chunks:
+                at(f"{name}:write")
+                check_written(os.write(descriptor, chunk), len(chunk))
+            at(f"{name}:fsync")
+            os.fsync(descriptor)
+            at(f"{name}:rename")
+            os.rename(fresh, path)
+            at(f"{name}:fsync-directory")
+            sync_directory(path.parent)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise write_error(path, error) from error
+    return descriptor
 
 
 class SafeFile:
@@ -63,29 +113,7 @@ class SafeFile:
         """Make `content` durable; JournalError if it is not, and then the old content stands or the new."""
         body = msgpack.packb(content)
         data = _HEAD.pack(MAGIC, VERSION, 0, len(body), crc32(body)) + body
-        name = self.path.name
-        fresh = self.path.with_name(f"{name}.new")
-        try:
-            self._at(f"{name}:open")
-            with open(fresh, "wb", buffering=0) as stream:
-                self._at(f"{name}:write")
-                if stream.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._at(f"{name}:fsync")
-                os.fsync(stream.fileno())
-            self._at(f"{name}:rename")
-            os.rename(fresh, self.path)
-            self._at(f"{name}:fsync-directory")
-            descriptor = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise JournalError(
-                f"{self.path}: cannot be written: {error.strerror}. This node stops; make room or mend the disk, then "
-                "start it again"
-            ) from error
+        os.close(replace_file(self.path, [data], self._at))
 
 
 class Journal:
@@ -96,7 +124,7 @@ class Journal:
     thread at a time.
     """
 
-    def __init__(self, directory: Path, *, at: Callable[[str], None] = _no_fault) -> None:
+    def __init__(self, directory: Path, *, at: Callable[[str], None] = no_fault) -> None:
         self._directory = directory
         self._record = SafeFile(directory / "record", at)
         self._ids = SafeFile(directory / "ids", at)
@@ -112,9 +140,13 @@ class Journal:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise JournalError(f"{self._directory}: cannot be made: {error.strerror}") from error
+        return self.read() or epochs.Record()
+
+    def read(self) -> epochs.Record | None:
+        """As `load`, but makes nothing: None if there is no record."""
         content = self._record.load()
         if content is None:
-            return epochs.Record()
+            return None
         try:
             return epochs.unpack_record(content)
         except (KeyError, TypeError, ValueError) as error:
@@ -126,10 +158,14 @@ class Journal:
 
     def load_ids(self) -> int:
         """Counters of file ids below this one may have been used."""
+        return self.read_ids() or 0
+
+    def read_ids(self) -> int | None:
+        """As `load_ids`; None if that was never recorded."""
         content = self._ids.load()
         if content is not None and not isinstance(content, int):
             raise JournalError(f"{self._ids.path}: damaged: it holds no number. {_ADVICE}")
-        return content or 0
+        return content
 
     def save_ids(self, reserved: int) -> None:
         """Make it durable that counters below `reserved` may be used."""

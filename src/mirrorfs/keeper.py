@@ -130,6 +130,11 @@ class Keeper:
 
     # ---- ids of new files
 
+    def next_id(self) -> int:
+        """Files that this node makes from now on get ids of at least this."""
+        epoch = self.record.epoch
+        return ids.make(epoch.number if epoch else 0, self._node_bit, self._next_counter)
+
     def new_id(self) -> int:
         """The id of a new file; reserves the next block, here and now, when the last one is used up."""
         epoch = self.record.epoch

@@ -15,10 +15,12 @@ from typing import Any
 import trio
 
 from mirrorfs import backing, session
+from mirrorfs.activity import Activity
 from mirrorfs.config import Config
 from mirrorfs.conversation import Conversation
 from mirrorfs.core import epochs
 from mirrorfs.core.epochs import Hello, Standing
+from mirrorfs.core.modes import Mode
 from mirrorfs.errors import (
     JournalError,
     LinkLostError,
@@ -29,10 +31,10 @@ from mirrorfs.fuse_ops import FuseOperations
 from mirrorfs.keeper import Keeper
 from mirrorfs.peer import Link, dial, greet, listen
 from mirrorfs.promotion import Promotion
-from mirrorfs.replication import Mode, Primary
+from mirrorfs.replication import Primary
 from mirrorfs.space import Space
 from mirrorfs.standby import Standby
-from mirrorfs.tree import Tree, no_new_ids
+from mirrorfs.tree import Tree, no_finder, no_new_ids
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +49,14 @@ class Node:
         config: Config,
         under: backing.Backing,
         keeper: Keeper,
+        activity: Activity,
         nursery: trio.Nursery,
         *,
         discard_local_data: bool,
     ) -> None:
         self.config = config
         self.keeper = keeper
+        self.activity = activity
         self.tree = Tree(under.tree)
         self.primary: Primary | None = None
         self.standby: Standby | None = None
@@ -81,6 +85,7 @@ class Node:
         self._is_own_tree = not volume or self.tree.is_of(volume)
         if volume and self._is_own_tree:
             self.tree.set_volume(volume)
+        activity.belongs_to(keeper.record.volume_id, self.tree)
 
     # ---- small things
 
@@ -171,10 +176,13 @@ class Node:
         primary = Primary(
             self.tree,
             self.keeper,
+            self.activity,
             freeze_on_loss=self.config.replication.on_peer_loss == "freeze",
             freeze_timeout_s=self.config.replication.freeze_timeout_s,
+            checkpoint_interval_s=self.config.replication.checkpoint_interval_s,
             disk_failed=self._on_disk_failure,
         )
+        self.tree.on_found = primary.found
         if mirror_to is not None:
             primary.mirror_to(mirror_to)
         await self.keeper.reserve_ahead()
@@ -186,7 +194,7 @@ class Node:
     async def stop_leading(self, reason: str) -> None:
         """Not the primary any more, as the record already says; changes that wait are refused, the kernel forgets all."""
         primary, self.primary = self.primary, None
-        self.tree.new_id = no_new_ids
+        self.tree.new_id, self.tree.on_found = no_new_ids, no_finder
         if primary is not None:
             primary.retire()
         self.enter(reason)
@@ -223,6 +231,7 @@ class Node:
             serving=self.primary is not None,
             empty=self.tree.is_empty,
             discard_local_data=self.discard_local_data,
+            dirty=self.activity.dirty.head,
         )
 
     async def _visit(self, connection: socket.socket, host: str) -> None:

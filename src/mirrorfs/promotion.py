@@ -65,7 +65,9 @@ class Promotion:
         node = self._node
         invalidated = trio.Event()
         if node.link is link and not disk_failed:
-            node.standby = Standby(node.tree, node.keeper, link, node.nursery, target=None, before_first=invalidated.wait)
+            node.standby = Standby(
+                node.tree, node.keeper, node.activity, link, node.nursery, target=None, before_first=invalidated.wait
+            )
         node.tree.table.begin_era()
         try:
             await node.stop_leading(f"handed over to {peer}")
@@ -104,6 +106,8 @@ class Promotion:
             new = node.keeper.record.epoch is None
             volume_id = node.keeper.record.volume_id or os.urandom(16).hex()
             node.use_volume(volume_id)
+            if forced:
+                await node.activity.distrust()  # what is missing here is in nobody's dirty set
             await node.keeper.begin(
                 name,
                 frozenset({node.keeper.me()}),

@@ -2,33 +2,32 @@
 
 What lies between two awaits is atomic. `Primary.change` applies, numbers and sends with no await in between, so the order of
 the stream is the order in which the changes happened here; a new `await` in `_make` would need a new argument for that.
-
-The mode says what an acknowledgement needs:
-
-    MIRRORED  the peer's acknowledgement
-    ALONE     that this epoch's record says so durably (and that it says that something was acknowledged in it)
-    LOST      nothing is acknowledged: the peer is gone and the record does not say so yet
-    FROZEN    nothing is acknowledged and nothing begins: a handover, or `on_peer_loss = "freeze"`
-    ENDED     this node is not the primary any more
 """
 
 import logging
 import math
 import os
 from collections.abc import Callable
-from enum import Enum, auto
 from typing import Any, Final
 
 import trio
 
-from mirrorfs.core import ids
+from mirrorfs.activity import Activity
+from mirrorfs.checkpoint import make_checkpoint
 from mirrorfs.core import operations as ops
+from mirrorfs.core.dirty import Head, first_new
 from mirrorfs.core.epochs import Member
+from mirrorfs.core.modes import Mode
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import FrozenError, NotPrimaryError, ProtocolError
+from mirrorfs.introductions import Introductions
 from mirrorfs.keeper import Keeper
+from mirrorfs.marking import Marking
 from mirrorfs.peer import Link
-from mirrorfs.resync import Copier
+from mirrorfs.resync.full import Copier
+from mirrorfs.resync.quick import CatchUp
+from mirrorfs.resync.reports import Report
+from mirrorfs.settling import Settling
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import PartialChangeError, Tree
@@ -38,16 +37,6 @@ log = logging.getLogger(__name__)
 #: Changes wait while more than this is on its way to a node that is being brought in sync.
 _MAX_QUEUED_BYTES: Final = 32 << 20
 _SETTLE_INTERVAL_S: Final = 0.1
-
-
-class Mode(Enum):
-    """What an acknowledgement needs; see the module's text."""
-
-    MIRRORED = auto()
-    ALONE = auto()
-    LOST = auto()
-    FROZEN = auto()
-    ENDED = auto()
 
 
 class Primary:
@@ -61,24 +50,31 @@ class Primary:
         self,
         tree: Tree,
         keeper: Keeper,
+        activity: Activity,
         *,
         freeze_on_loss: bool,
         freeze_timeout_s: float,
+        checkpoint_interval_s: float,
         disk_failed: Callable[[OSError], None],
     ) -> None:
         self.tree = tree
         self.keeper = keeper
+        self.activity = activity
+        self._marking = Marking(tree, activity, self._admitted)
         self.mode = Mode.ALONE
         self.stream: Stream | None = None
-        self.copier: Copier | None = None
+        self.copier: Copier | CatchUp | None = None
         self.loss = ""
         self._freeze_on_loss = freeze_on_loss
         self._freeze_timeout_s = freeze_timeout_s
+        self._checkpoint_interval_s = checkpoint_interval_s
+        self._unsent_from = keeper.next_id()
+        self._peer_number = 0
         self._disk_failed = disk_failed
         self._changed = trio.Event()
         self._frozen_at = math.inf
-        self._introduced: set[int] = set()
-        self._unsettled: dict[int, Known] = {}
+        self._introductions: Introductions | None = None
+        self._times = Settling(tree, self._tell_times)
         self._flush_both = False
         self._disk_is_bad = False
 
@@ -92,7 +88,8 @@ class Primary:
         NotPrimaryError, or FrozenError after `freeze_timeout`.
         """
         await self._admitted()
-        result, sequence, failure = self._make(change, target)
+        old_size = await self._marking.before(change, target) if self.activity.dirty.tracking else 0
+        result, sequence, failure = self._make(change, target, old_size)
         if isinstance(result, Known):
             result.kept += 1
         try:
@@ -108,11 +105,37 @@ class Primary:
             raise failure
         return result
 
-    def _make(self, change: ops.Change, target: Known | None) -> tuple[Any, int, OSError | None]:
+    def _note_untold(self, change: ops.Change, old_size: int) -> None:
+        """The target of a quick resync is not told of this change: what it makes dirty is brought over later."""
+        if isinstance(self.copier, CatchUp):
+            self.copier.note(change, self.activity.dirty.new_from, old_size)
+            if (other := self._marking.other_name(change)) is not None:
+                self.copier.note_name(*other)
+
+    def found(self, parent: int, name: bytes) -> None:
+        """A file that nobody made through the mount got an id: the other node does not know it."""
+        self._marking.found(parent, name)
+        if isinstance(self.copier, CatchUp):
+            self.copier.note_name(parent, name)
+
+    def _is_told(self, change: ops.Change) -> bool:
+        """Whether the peer is told of a change as it is."""
+        return self.stream is not None and (self.copier is None or self.copier.tells(change))
+
+    def _make(self, change: ops.Change, target: Known | None, old_size: int) -> tuple[Any, int, OSError | None]:
         """Apply, number and send; no await in here."""
         local = target is not None and target.gone  # a file without a name is nobody's but this node's
-        if self.mode is Mode.MIRRORED and not local:
-            self._introduce_for(change)
+        told = not local and self._is_told(change)
+        if told:
+            try:
+                self._there.before(change)
+            except OSError as error:
+                if self.copier is None:
+                    raise
+                # The application must not suffer for a target that is not in sync; what is not told is marked.
+                told = False
+                assert self.stream is not None
+                self.stream.link.close(f"a change could not be introduced: {error.strerror}")
         failure: OSError | None = None
         result: Any = None
         try:
@@ -121,16 +144,23 @@ class Primary:
             change, failure = partly.done, partly.error
         except OSError:
             if isinstance(change, ops.Write):
-                self._unsettle(change.file)  # nothing was written, but its modification time is another
+                # Nothing was written, but its modification time is another.
+                self._marking.after(ops.SetAttributes(change.file), 0)
+                if self.stream is not None:
+                    self._times.add(change.file)
             raise
         if isinstance(change, ops.Write):
             if result < len(change.data):
                 change = ops.Write(change.file, change.offset, change.data[:result])
-        elif isinstance(result, Known) and result.gone:
-            self._introduced.discard(result.id)
+        elif isinstance(result, Known) and result.gone and self._introductions is not None:
+            self._introductions.known.discard(result.id)
         if local:
             return result, 0, failure
-        self._note_unsettled(change)
+        self._marking.after(change, old_size)
+        if not told:
+            self._note_untold(change, old_size)
+        if self.stream is not None:
+            self._times.note(change)
         try:
             return result, self._send(change, result if isinstance(result, Known) else None), failure
         except OSError as error:
@@ -177,11 +207,14 @@ class Primary:
         """Have the peer sync the file; 0 if it need not."""
         if self.stream is None or known.gone:
             return 0
-        self._settle(known.id)
-        if self.copier is None:
-            self._introduce(known.id)
-        elif not self._flush_both or known.id not in self.copier.introduced:
-            return 0
+        self._times.settle(known.id)
+        if isinstance(self.copier, Copier):
+            if not self._flush_both or known.id not in self.copier.introduced:
+                return 0
+        else:
+            if self.copier is not None and not self._flush_both:
+                return 0
+            self._there.introduce(known.id)
         return self.stream.put_flush(ops.Sync(known.id, data_only))
 
     def disk_failed(self, error: OSError) -> None:
@@ -254,168 +287,150 @@ class Primary:
 
     # ---- sending
 
+    @property
+    def _there(self) -> Introductions:
+        """What the peer knows on the present stream."""
+        assert self._introductions is not None
+        return self._introductions
+
     def _send(self, change: ops.Change, lost: Known | None = None) -> int:
         if self.stream is None:
             return 0
-        if self.copier is not None:
+        if isinstance(self.copier, Copier):
             return self.copier.send(change, lost)
+        if self.copier is not None and not self.copier.tells(change):
+            return 0
         sequence = self.stream.put(change)
         match change:
             case ops.MakeNode() | ops.Symlink():
-                self._introduced.add(change.file)
+                self._there.known.add(change.file)
             case _:
                 pass
         return sequence
 
-    def _introduce_for(self, change: ops.Change) -> None:
-        match change:
-            case ops.MakeNode() | ops.Symlink():
-                self._introduce(change.parent)
-            case ops.Unlink() | ops.RemoveDirectory():
-                self._introduce(change.parent)
-                self._introduce_if_linked(change.parent, change.name)
-            case ops.Link():
-                self._introduce(change.parent)
-                self._introduce(change.file)
-            case ops.Rename():
-                self._introduce(change.parent)
-                self._introduce(change.new_parent)
-                self._introduce_if_linked(change.new_parent, change.new_name)
-            case _:
-                self._introduce(change.file)
+    # ---- times
 
-    def _introduce(self, number: int) -> None:
-        """Make sure that the peer knows the file by its id: its first mention on the stream carries parent and name."""
-        assert self.stream is not None
-        missing: list[ops.Introduce] = []
-        while number not in self._introduced and number != ids.ROOT:
-            parent, name = self.tree.place_of(self.tree.table.get(number))
-            missing.append(ops.Introduce(parent, name, number))
-            number = parent
-        for introduction in reversed(missing):
-            self.stream.put(introduction)
-            self._introduced.add(introduction.file)
-
-    def _introduce_if_linked(self, parent: int, name: bytes) -> None:
-        """A file that loses one of several names may have no other that this node could introduce it by later."""
-        try:
-            known = self.tree.lookup(parent, name)
-        except OSError:
-            return
-        if not known.is_directory and self.tree.stat(known).st_nlink > 1 and known.names:
-            self._introduce(known.id)
-
-    # ---- times: settled when a file is closed or synced, and soon after the last change
-
-    def _note_unsettled(self, change: ops.Change) -> None:
-        match change:
-            case ops.Write():
-                self._unsettle(change.file)
-            case ops.SetAttributes():
-                if change.size is not None:
-                    self._unsettle(change.file)
-            case ops.Rename():
-                self._unsettle(change.parent)
-                self._unsettle(change.new_parent)
-            case ops.MakeNode() | ops.Symlink():
-                self._unsettle(change.parent)
-                self._unsettle(change.file)
-            case ops.Link() | ops.Unlink() | ops.RemoveDirectory():
-                self._unsettle(change.parent)
-            case _:
-                pass
-
-    def _unsettle(self, number: int) -> None:
-        """The peer must be told this file's modification time once more; until then the file stays known."""
-        known = self.tree.table.find(number)
-        if self.stream is not None and known is not None and number not in self._unsettled:
-            known.kept += 1
-            self._unsettled[number] = known
-
-    def _settle(self, number: int) -> None:
-        """Send the modification time of a file as it stands here; nobody waits for it."""
-        known = self._unsettled.pop(number, None)
-        if known is None:
-            return
-        known.kept -= 1
-        try:
-            if known.gone or self.stream is None:
-                return
-            change = ops.SetAttributes(number, mtime_ns=self.tree.stat(known).st_mtime_ns)
-            if self.copier is None:
-                self._introduce(number)
-            self._send(change)
-        except OSError as error:
-            log.warning("cannot settle the modification time of %x: %s", number, error.strerror)
-        finally:
-            self.tree.table.drop_unused(known)
+    def _tell_times(self, change: ops.SetAttributes) -> None:
+        if self._is_told(change):
+            self._there.introduce(change.file)
+        else:
+            self._note_untold(change, 0)
+        self._send(change)
 
     def settle(self, number: int) -> None:
         """Settle one file's times if the node has somebody to tell (a file was closed)."""
         if self.stream is not None and self.mode in (Mode.MIRRORED, Mode.ALONE):
-            self._settle(number)
+            self._times.settle(number)
 
     def settle_all(self) -> None:
         """Settle everything."""
-        for number in list(self._unsettled):
-            self._settle(number)
+        if self.stream is None:
+            self._times.forget_all()
+        else:
+            self._times.settle_all()
 
     @property
     def settled(self) -> bool:
         """Whether the peer has been told all times, and has applied all that was sent."""
         stream = self.stream
-        return not self._unsettled and (stream is None or stream.acknowledged == stream.sent)
+        return not self._times and (stream is None or stream.acknowledged == stream.sent)
 
     async def run(self) -> None:
-        """The housekeeping of a primary: times, ids, descriptors."""
+        """The housekeeping of a primary: times, ids, checkpoints."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._checkpoint_often)
+            while True:
+                await trio.sleep(_SETTLE_INTERVAL_S)
+                if self.mode in (Mode.MIRRORED, Mode.ALONE):
+                    self.settle_all()
+                await self.keeper.reserve_ahead()
+                await self.activity.flush()
+
+    # ---- checkpoints
+
+    async def _checkpoint_often(self) -> None:
         while True:
-            await trio.sleep(_SETTLE_INTERVAL_S)
-            if self.mode in (Mode.MIRRORED, Mode.ALONE):
-                self.settle_all()
-            await self.keeper.reserve_ahead()
+            await trio.sleep(self._checkpoint_interval_s)
+            dirty = self.activity.dirty
+            if self.mode is Mode.MIRRORED and self.stream is not None and (dirty.now or dirty.old):
+                stream = self.stream
+                if await self._checkpoint(stream):
+                    stream.put(ops.Checkpointed(self.activity.dirty.head.number))
+
+    async def _checkpoint(self, stream: Stream) -> bool:
+        """False if it did not come about: what is dirty stays so."""
+        self.settle_all()
+        try:
+            done = await make_checkpoint(stream, self.tree, self.activity, self.keeper, peer_number=self._peer_number)
+        except OSError as error:
+            self.disk_failed(error)
+            return False
+        return done and self._is_present(stream)
 
     # ---- the peer comes and goes
 
-    async def begin_copy(self, link: Link) -> Copier:
-        """Begin to bring a following peer to the same tree; the peer does not count until `join`."""
+    async def begin_copy(self, link: Link, theirs: Head, report: Report | None) -> Copier | CatchUp:
+        """Begin to bring a following peer to the same tree: what its report and the own dirty set say, or without one
+        everything.
+
+        The peer does not count until `join`.
+        """
         if self.mode not in (Mode.ALONE, Mode.FROZEN) or self.stream is not None:
             raise ProtocolError("FOLLOWING from a node that was not asked to follow")
-        self.stream = Stream(link)
-        self.copier = Copier(self.tree, self.stream, note_unsettled=self._unsettle)
+        self.stream = stream = Stream(link)
+        self._peer_number = theirs.number
+        self._introductions = introductions = Introductions(self.tree, stream)
+        if report is None:
+            self.copier = Copier(self.tree, stream, note_unsettled=self._times.add)
+        else:
+            self.copier = CatchUp(
+                self.tree,
+                stream,
+                self.activity.dirty,
+                report,
+                first_new=first_new(self.activity.dirty.head, theirs),
+                unsent_from=self._unsent_from,
+                introduce=introductions.by_entry,
+                note_introduced=introductions.known.add,
+                note_unsettled=self._times.add,
+            )
         return self.copier
 
     def mirror_to(self, link: Link) -> None:
         """Begin a stream to a peer that has the same tree at this moment and is in the in-sync set."""
         self.stream = Stream(link)
-        self._introduced.clear()
+        self._introductions = Introductions(self.tree, self.stream)
         self.enter(Mode.MIRRORED)
 
     async def join(self, peer: Member) -> bool:
         """The copy is complete: make a checkpoint, then let the peer into the in-sync set; False if it was lost meanwhile."""
         stream = self.stream
-        if stream is None or not self._may_join(stream):
+        if stream is None or not self._is_present(stream):
             return False
         self._flush_both = True  # what is fsynced from here on is fsynced on both
-        self.settle_all()
-        sequence = stream.put_flush(ops.Checkpoint())
-        await trio.to_thread.run_sync(self.tree.syncfs)
-        if not await stream.flushed(sequence) or not self._may_join(stream):
+        if not await self._checkpoint(stream):
             return False
         self.settle_all()
         await self.keeper.begin(self._own_name(), frozenset({self.keeper.me(), peer}))
-        if not self._may_join(stream):
+        if not self._is_present(stream):
             if self.mode is not Mode.ENDED:
                 await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=True)
             return False
         # From here on every acknowledgement waits for the peer; the peer learns it in the stream, after all it depends on.
         self.copier = None
         self._flush_both = False
-        self._introduced.clear()
+        self._introductions = Introductions(self.tree, stream)
         self.enter(Mode.MIRRORED)
         return True
 
-    def _may_join(self, stream: Stream) -> bool:
-        """Whether the copy that began on this stream may still end in a join."""
+    def on_lacked(self, files: list[int]) -> None:
+        """The peer has made files that were not there."""
+        if isinstance(self.copier, CatchUp):
+            for file in files:
+                self.copier.on_lacked(file)
+
+    def _is_present(self, stream: Stream) -> bool:
+        """Whether this stream is the present one, and alive."""
         return stream is self.stream and not stream.broken and self.mode is not Mode.ENDED
 
     def _own_name(self) -> str:
@@ -426,10 +441,11 @@ class Primary:
         counted = self.copier is None  # an acknowledgement needed the peer's
         stream, self.stream, self.copier = self.stream, None, None
         self._flush_both = False
-        self._introduced.clear()
         if stream is not None:
             pending = stream.sent > stream.acknowledged
             stream.end()
+            if counted:
+                self._unsent_from = self.keeper.next_id()
             if counted and self.mode is not Mode.ENDED:
                 await self._go_on_without(reason, pending)
                 return
@@ -457,8 +473,7 @@ class Primary:
         stream, self.stream, self.copier = self.stream, None, None
         if stream is not None:
             stream.end()
-        for number in list(self._unsettled):
-            self._settle(number)
+        self._times.forget_all()
 
     async def drain(self) -> bool:
         """Freeze, and wait until the peer has everything; False if it was lost meanwhile."""
@@ -476,6 +491,8 @@ class Primary:
             self.stream.on_ack(frame.sequence)
         elif frame.kind is Kind.FLUSHED:
             self.stream.on_flushed(frame.sequence)
+        elif frame.kind is Kind.HASHES and isinstance(self.copier, CatchUp):
+            self.copier.on_hashes(frame)
         else:
             return False
         return True

@@ -5,14 +5,16 @@ that is not the primary's is divergence: the node records durably that it is out
 more.
 """
 
+import errno
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final, get_args
 
 import trio
 
+from mirrorfs.activity import Activity
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
 from mirrorfs.core.epochs import Record, Standing, unpack_record
@@ -20,12 +22,16 @@ from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, ProtocolError
 from mirrorfs.keeper import Keeper
 from mirrorfs.peer import Link
-from mirrorfs.resync import Target
+from mirrorfs.resync.full import Target
+from mirrorfs.resync.hashes import hashes
+from mirrorfs.resync.quick_target import Returning
 from mirrorfs.tree import PartialChangeError, Tree
 
 log = logging.getLogger(__name__)
 
 _OPERATIONS: Final = frozenset(wire.OPERATION_OF)
+_LACKED_PER_FRAME: Final = 10_000
+_LIVE: Final = (*get_args(ops.Change), ops.Introduce)
 
 
 class Standby:
@@ -39,10 +45,11 @@ class Standby:
         self,
         tree: Tree,
         keeper: Keeper,
+        activity: Activity,
         link: Link,
         nursery: trio.Nursery,
         *,
-        target: Target | None,
+        target: Target | Returning | None,
         before_first: Callable[[], Awaitable[None]],
     ) -> None:
         self.tree = tree
@@ -51,6 +58,8 @@ class Standby:
         self.bytes_copied = 0
         self.failure = ""
         self._keeper = keeper
+        self._activity = activity
+        self._new_from = 0
         self._link = link
         self._nursery = nursery
         self._before_first = before_first
@@ -75,22 +84,27 @@ class Standby:
             await self._before_first()
             self._begun = True
         try:
-            if isinstance(operation, ops.Sync | ops.Checkpoint):
-                self._start_flush(operation, frame.sequence)
-            else:
-                self._apply(operation)
+            match operation:
+                case ops.Sync() | ops.Checkpoint():
+                    self._start_flush(operation, frame.sequence)
+                case ops.Compare():
+                    self._start_compare(operation, frame.sequence)
+                case ops.Checkpointed():
+                    self._activity.cleared(operation.number, self._new_from)
+                case _:
+                    self._apply(operation)
         except PartialChangeError as partly:
             await self._diverged(operation, frame.sequence, partly.error)
         except OSError as error:
             await self._diverged(operation, frame.sequence, error)
         self.applied = frame.sequence
 
-    def _apply(self, operation: ops.Change | ops.Introduce | ops.Copy) -> None:
-        if self.target is not None:
+    def _apply(self, operation: ops.Change | ops.Introduce | ops.Copy | ops.CatchUp) -> None:
+        if self.target is not None and self.target.handles(operation):
             self.target.apply(operation)
             if isinstance(operation, ops.CopyData):
                 self.bytes_copied += len(operation.data)
-        elif isinstance(operation, ops.Entry | ops.CopyData | ops.Vanish | ops.DirectoryDone):
+        elif not isinstance(operation, _LIVE):
             raise ProtocolError(f"{type(operation).__name__} outside a resync")
         elif isinstance(operation, ops.Write):
             written = self.tree.apply(operation)
@@ -104,6 +118,10 @@ class Standby:
 
     def acknowledge(self) -> None:
         """Tell the primary how far this node has come."""
+        if isinstance(self.target, Returning) and self.target.lacked:
+            for at in range(0, len(self.target.lacked), _LACKED_PER_FRAME):
+                self._link.send_message(Kind.LACKED, self.target.lacked[at : at + _LACKED_PER_FRAME])
+            self.target.lacked.clear()
         self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
 
     async def _diverged(self, operation: ops.Operation, sequence: int, error: OSError) -> None:
@@ -111,6 +129,8 @@ class Standby:
         resyncing = self.target is not None
         self.failure = what
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            await self._activity.distrust()  # the trees differ where nobody knows of it
         await self._keeper.stand(Standing.RESYNCING if resyncing else Standing.OUTDATED, f"{what} ({moment})")
         log.error("out of sync: %s", what)
         self._link.send_message(Kind.FAILED, what)
@@ -122,7 +142,9 @@ class Standby:
 
     def _start_flush(self, operation: ops.Flush, sequence: int) -> None:
         if isinstance(operation, ops.Checkpoint):
-            self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None)
+            self._new_from = operation.new_from
+            self.tree.note_checkpoint(operation.number)
+            self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None, operation.number)
             return
         known = self.tree.table.find(operation.file)
         if known is None or known.gone:
@@ -147,7 +169,9 @@ class Standby:
 
         self._nursery.start_soon(self._flush, sequence, sync, done)
 
-    async def _flush(self, sequence: int, sync: Callable[[], None], done: Callable[[], None] | None) -> None:
+    async def _flush(
+        self, sequence: int, sync: Callable[[], None], done: Callable[[], None] | None, checkpoint: int = 0
+    ) -> None:
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(sync)
@@ -158,7 +182,24 @@ class Standby:
         finally:
             if done is not None:
                 done()
+        if checkpoint:
+            await self._activity.synced(checkpoint, self._keeper.record.volume_id)
         self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
+
+    def _start_compare(self, compare: ops.Compare, sequence: int) -> None:
+        known = self.tree.table.get(compare.file)
+        descriptor = os.dup(self.tree.table.data(known))
+        self._nursery.start_soon(self._compare, compare, sequence, descriptor)
+
+    async def _compare(self, compare: ops.Compare, sequence: int, descriptor: int) -> None:
+        try:
+            answer = await trio.to_thread.run_sync(hashes, descriptor, compare.offset, compare.size)
+        except OSError as error:
+            await self.sync_failed(error)
+            return
+        finally:
+            os.close(descriptor)
+        self._link.send(wire.encode(Frame(Kind.HASHES, sequence, offset=self._reign, payload=answer)))
 
     async def sync_failed(self, error: OSError) -> None:
         """A sync failed, and is never tried again: the kernel has dropped what it could not write."""
@@ -171,9 +212,11 @@ class Standby:
 
     async def join(self, theirs: Record) -> None:
         """The copy is complete and this node is in the in-sync set: know it durably, then say so."""
+        self._activity.cleared(self._activity.dirty.head.number, self._new_from)
+        await self._activity.save()
+        await self._keeper.adopt(theirs, Standing.IN_SYNC, "")
         target, self.target = self.target, None
         self.tree.table.begin_era()
-        await self._keeper.adopt(theirs, Standing.IN_SYNC, "")
         self._link.send_message(Kind.JOINED)
         if target is not None:
             # Not awaited: the primary waits for this node's acknowledgements already.
@@ -182,10 +225,15 @@ class Standby:
 
 def record_in(frame: Frame) -> Record:
     """The record that a frame carries; ProtocolError if it is none."""
+    return record_of(wire.message(frame), frame.kind)
+
+
+def record_of(content: Any, kind: Kind) -> Record:
+    """The record in the content of a frame of that kind; ProtocolError if it is none."""
     try:
-        record = unpack_record(wire.message(frame))
+        record = unpack_record(content)
         if not record.epochs or not record.volume_id:
             raise ValueError("no epochs")
         return record
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ProtocolError(f"a malformed {frame.kind.name}: {error!r}") from error
+        raise ProtocolError(f"a malformed {kind.name}: {error!r}") from error

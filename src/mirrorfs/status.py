@@ -5,6 +5,7 @@ from typing import Any
 
 from mirrorfs.core.epochs import Standing
 from mirrorfs.node import Node
+from mirrorfs.resync.full import Copier
 
 
 def describe(node: Node) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def describe(node: Node) -> dict[str, Any]:
         "in_sync": _in_sync(node),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(node.since)),
         "reason": node.split_brain or node.reason,
-        "dirty_bytes": 0,
+        "dirty_bytes": node.activity.dirty.dirty_bytes,
         "peer": _peer(node),
         "open_files": node.operations.open_files,
     }
@@ -31,12 +32,15 @@ def describe(node: Node) -> dict[str, Any]:
         status["settled"] = node.primary.settled
         copier = node.primary.copier
         if copier is not None:
-            status["dirty_bytes"] = max(copier.bytes_found - copier.bytes_done, 0)
+            status["dirty_bytes"] = max(status["dirty_bytes"], copier.bytes_left)
             status["resync"] = {
+                "kind": "full" if isinstance(copier, Copier) else "quick",
                 "bytes_done": copier.bytes_done,
                 "bytes_total": max(copier.bytes_found, copier.bytes_done),
                 "files_done": copier.files_done,
                 "files_total": copier.files_found,
+                "bytes_per_second": round(copier.rate),
+                "seconds_left": round(copier.bytes_left / copier.rate) if copier.rate else None,
             }
     return status
 
@@ -62,4 +66,7 @@ def _peer(node: Node) -> dict[str, Any]:
             state = "standby" if node.peer_joined else "resyncing" if node.primary.copier is not None else "connected"
         elif node.standby is not None:
             state = "primary"
-    return {"name": node.config.peer.name, "state": state}
+    peer: dict[str, Any] = {"name": node.config.peer.name, "state": state}
+    if node.link is not None:
+        peer["bytes_sent"] = node.link.bytes_sent
+    return peer

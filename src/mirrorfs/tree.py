@@ -23,6 +23,9 @@ from mirrorfs.table import Known, Table
 log = logging.getLogger(__name__)
 
 ID_XATTR: Final = "trusted.mirrorfs"
+#: Of the root: the last checkpoint that this tree is, or is about to be, at.
+CHECKPOINT_XATTR: Final = "trusted.mirrorfs.checkpoint"
+_OWN_XATTRS: Final = (ID_XATTR.encode(), CHECKPOINT_XATTR.encode())
 _ID: Final = struct.Struct("<16sQQ")
 _O_LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL: Final = stat.S_ISUID | stat.S_ISGID
@@ -42,10 +45,15 @@ def no_new_ids() -> int | None:
     return None
 
 
+def no_finder(parent: int, name: bytes) -> None:
+    """Nobody wants to know where a file without an id was found."""
+
+
 class Tree:
     """The tree underneath `root`, a directory descriptor that stays the caller's.
 
-    `new_id` gives the id of a file that has none, or None on a node that may not give ids; only a primary sets it.
+    `new_id` gives the id of a file that has none, or None on a node that may not give ids; only a primary sets it. `on_found`
+    is told where such a file was found.
     """
 
     def __init__(self, root: int) -> None:
@@ -54,6 +62,7 @@ class Tree:
         self._volume = b""
         self._can_ask_for_cached = True
         self.new_id: Callable[[], int | None] = no_new_ids
+        self.on_found: Callable[[int, bytes], None] = no_finder
         self.table = Table(root)
         self._apply: dict[type, Callable[[Any], Any]] = {
             ops.Write: self._write,
@@ -86,6 +95,18 @@ class Tree:
         return noted == volume
 
     @property
+    def checkpoint(self) -> int:
+        """The number of the last checkpoint that was noted in the root, 0 if none was."""
+        try:
+            return int(os.getxattr(self._root, CHECKPOINT_XATTR))
+        except (OSError, ValueError):
+            return 0
+
+    def note_checkpoint(self, number: int) -> None:
+        """Note a checkpoint in the root, just before the sync that makes it one."""
+        os.setxattr(self._root, CHECKPOINT_XATTR, b"%d" % number)
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is no file at all."""
         with os.scandir(self._root) as entries:
@@ -100,7 +121,11 @@ class Tree:
             return directory
         if name == b".." and parent == ids.ROOT:
             return directory
-        descriptor = os.open(name, _O_LOOK, dir_fd=self.table.descriptor(directory))
+        return self.look_at(self.table.descriptor(directory), name, parent)
+
+    def look_at(self, above: int, name: bytes, parent: int = 0) -> Known:
+        """The file of that name in the directory of descriptor `above`, whose id is `parent`."""
+        descriptor = os.open(name, _O_LOOK, dir_fd=above)
         try:
             status = os.fstat(descriptor)
             number = self._id_of(descriptor, status)
@@ -129,6 +154,7 @@ class Tree:
         number = self.new_id()
         if number is None:
             return ids.PROVISIONAL | status.st_ino
+        self.on_found(parent, name)
         self.stamp(descriptor, status.st_ino, number)
         log.debug("gave id %x to %r in %x", number, name, parent)
         return number
@@ -156,12 +182,25 @@ class Tree:
         for above, name in known.names:
             if above == parent:
                 return name
-        for name in self.names(self.table.get(parent)):
-            found = self.lookup(parent, name)
-            if found is known:
-                return name
-            self.table.drop_unused(found)
+        wanted = self.stat(known).st_ino
+        descriptor = os.open(self.table.proc(self.table.get(parent)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    if entry.inode() == wanted:
+                        return os.fsencode(entry.name)
+        finally:
+            os.close(descriptor)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def holds(self, parent: Known, name: bytes, number: int) -> bool:
+        """Whether the name in that directory leads to the file with this id."""
+        try:
+            found = self.lookup(parent.id, name)
+        except OSError:
+            return False
+        self.table.drop_unused(found)
+        return found.id == number
 
     def place_of(self, known: Known) -> tuple[int, bytes]:
         """A directory entry that leads to `known` now: parent and name; ESTALE if none is to be found."""
@@ -188,6 +227,23 @@ class Tree:
             if number is None:
                 number = self._give_id(descriptor, status, 0, b"")
             self.table.alias(known, self.table.add(number, known.kind, descriptor))
+
+    def find(self, number: int, handle: bytes) -> Known | None:
+        """The file with this id, by its file handle if it is not known; None if it is gone or is another file now."""
+        known = self.table.find(number)
+        if known is not None:
+            return None if known.gone else known
+        if not handle:
+            return None
+        try:
+            descriptor = backing.open_handle(self._root, handle, _O_LOOK)
+        except OSError:
+            return None
+        status = os.fstat(descriptor)
+        if status.st_nlink == 0 or self._id_of(descriptor, status) != number:
+            os.close(descriptor)
+            return None
+        return self.table.add(number, stat.S_IFMT(status.st_mode), descriptor)
 
     def parent_of(self, known: Known) -> int:
         """The id of a directory's parent; the root is its own."""
@@ -220,13 +276,14 @@ class Tree:
 
     def xattr(self, known: Known, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA if there is none."""
-        if name == ID_XATTR.encode():
+        if name in _OWN_XATTRS:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return os.getxattr(self.table.proc(known), name)
 
     def xattrs(self, known: Known) -> list[bytes]:
-        """The names of its extended attributes, without the id's."""
-        return [os.fsencode(name) for name in os.listxattr(self.table.proc(known)) if name != ID_XATTR]
+        """The names of its extended attributes, without our own."""
+        names = map(os.fsencode, os.listxattr(self.table.proc(known)))
+        return [name for name in names if name not in _OWN_XATTRS]
 
     def statvfs(self) -> os.statvfs_result:
         """Sizes of the file system underneath."""
@@ -358,7 +415,7 @@ class Tree:
         self.table.drop_unused(moved)
         if replaced is None:
             return None
-        if not change.flags & RENAME_EXCHANGE:
+        if not change.flags & ops.RENAME_EXCHANGE:
             return self._lost_name(replaced, *now)
         if now in replaced.names:
             replaced.names.remove(now)
@@ -418,8 +475,5 @@ class Tree:
         self.table.pin(known)
 
     def _refuse_own_xattr(self, name: bytes) -> None:
-        if name == ID_XATTR.encode():
+        if name in _OWN_XATTRS:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-
-RENAME_EXCHANGE: Final = 2

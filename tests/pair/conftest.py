@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mirrorfs.lab.pair import Lab
-from tests.pair.support import Load
+from tests.pair.support import WRITER_KINDS, Load
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def start_load(tmp_path: Path) -> Iterator[Callable[..., Load]]:
     """Starts a writing load on a mount; whatever still writes after the test is ended."""
     loads: list[Load] = []
 
-    def start(mount: Path, name: str = "load", seed: int = 0) -> Load:
-        loads.append(Load(mount, name, tmp_path, seed=seed))
+    def start(mount: Path, name: str = "load", seed: int = 0, kinds: tuple[str, ...] = WRITER_KINDS) -> Load:
+        loads.append(Load(mount, name, tmp_path, seed=seed, kinds=kinds))
         return loads[-1]
 
     yield start

@@ -18,6 +18,8 @@ from mirrorfs.lab.trees import differences
 
 WRITER = Path(__file__).with_name("writer.py")
 WRITER_KINDS = ("append", "append-fsync", "overwrite", "names", "tree")
+#: What these have noted is on stable storage.
+DURABLE_KINDS = ("append-fsync", "append-dsync", "overwrite-fdatasync", "overwrite-msync", "names-fsync")
 
 
 def mirrorfs(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,9 +122,9 @@ def start_mirrored(lab: Lab) -> None:
 class Load:
     """Several processes that write below a directory of a mount, each noting outside of it what was acknowledged."""
 
-    def __init__(self, mount: Path, name: str, notes: Path, *, seed: int = 0) -> None:
+    def __init__(self, mount: Path, name: str, notes: Path, *, seed: int = 0, kinds: tuple[str, ...] = WRITER_KINDS) -> None:
         self.name = name
-        self.notes = {kind: notes / f"{name}-{kind}" for kind in WRITER_KINDS}
+        self.notes = {kind: notes / f"{name}-{kind}" for kind in kinds}
         (mount / name).mkdir()
         self._writers: list[subprocess.Popen[str]] = []
         for kind, file in self.notes.items():
@@ -130,15 +132,15 @@ class Load:
             command = [sys.executable, str(WRITER), kind, str(mount / name), str(file), str(seed)]
             self._writers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
 
-    def noted(self) -> int:
-        """How many notes have been made."""
-        return sum(file.read_bytes().count(b"\n") for file in self.notes.values())
+    def noted(self, kinds: tuple[str, ...] | None = None) -> int:
+        """How many notes have been made, by writers of these kinds or by all."""
+        return sum(self.notes[kind].read_bytes().count(b"\n") for kind in kinds or self.notes)
 
-    def wait_noted(self, more: int, deadline_s: float = 60) -> None:
-        """Wait until every writer has begun and so many more notes were made."""
-        goal = self.noted() + more
+    def wait_noted(self, more: int, kinds: tuple[str, ...] | None = None, deadline_s: float = 60) -> None:
+        """Wait until every writer has begun and so many more notes were made, by writers of these kinds or by all."""
+        goal = self.noted(kinds) + more
         wait_for(
-            lambda: self.noted() >= goal and all(file.stat().st_size for file in self.notes.values()),
+            lambda: self.noted(kinds) >= goal and all(file.stat().st_size for file in self.notes.values()),
             f"{more} changes are acknowledged under load",
             deadline_s,
         )
@@ -169,17 +171,21 @@ class Load:
             longest = max([longest, *(after - before for before, after in pairwise(moments))])
         return longest
 
-    def missing(self, mount: Path) -> list[str]:
-        """What was acknowledged and cannot be found below the mount: one readable line each."""
+    def missing(self, mount: Path, kinds: tuple[str, ...] | None = None) -> list[str]:
+        """What was acknowledged (to writers of these kinds, or to all) and cannot be found below the mount: a line each."""
         lost: list[str] = []
-        for kind, file in self.notes.items():
-            notes = [json.loads(line) for line in file.read_text().splitlines()]
-            lost += [f"{kind}: {text}" for text in _MISSING[kind](mount / self.name, notes)]
+        for kind in kinds or self.notes:
+            notes = [json.loads(line) for line in self.notes[kind].read_text().splitlines()]
+            lost += [f"{kind}: {text}" for text in _missing_of(kind, mount / self.name, notes)]
         return lost
 
 
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
+
+
 def _missing_appended(directory: Path, notes: list[dict[str, Any]], name: str) -> Iterator[str]:
-    there = (directory / name).read_bytes() if notes else b""
+    there = _content(directory / name)
     for note in notes:
         record = b"%011d\n" % note["record"]
         at = note["record"] * len(record)
@@ -188,9 +194,9 @@ def _missing_appended(directory: Path, notes: list[dict[str, Any]], name: str) -
             return
 
 
-def _missing_overwritten(directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]:
+def _missing_overwritten(directory: Path, notes: list[dict[str, Any]], name: str) -> Iterator[str]:
     newest: dict[int, int] = {note["slot"]: note["value"] for note in notes}
-    there = (directory / "overwrite").read_bytes() if notes else b""
+    there = _content(directory / name)
     for slot, value in newest.items():
         found = there[slot * 4096 : (slot + 1) * 4096]
         # What was not acknowledged may be there as well: one more value at most.
@@ -219,13 +225,16 @@ def _missing_tree(directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]
             yield f"the link {note['path']}"
 
 
-_MISSING: dict[str, Callable[[Path, list[dict[str, Any]]], Iterator[str]]] = {
-    "append": lambda directory, notes: _missing_appended(directory, notes, "append"),
-    "append-fsync": lambda directory, notes: _missing_appended(directory, notes, "append-fsync"),
-    "overwrite": _missing_overwritten,
-    "names": _missing_names,
-    "tree": _missing_tree,
-}
+def _missing_of(kind: str, directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]:
+    match kind.partition("-")[0]:
+        case "append":
+            return _missing_appended(directory, notes, kind)
+        case "overwrite":
+            return _missing_overwritten(directory, notes, kind)
+        case "names":
+            return _missing_names(directory, notes)
+        case _:
+            return _missing_tree(directory, notes)
 
 
 def seeded(*what: object) -> random.Random:

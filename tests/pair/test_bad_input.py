@@ -109,7 +109,7 @@ def test_a_stranger_is_met_with_one_clear_line_and_the_pair_stays_mirrored(pair:
 #: Messages that are well formed and make no sense, from one who says that it is node two.
 NONSENSE = {
     "a room of one number": wire.encode_message(Kind.SPACE, [1]),
-    "a record that is a number": wire.encode_message(Kind.FOLLOW, 7),
+    "a record that is a number": wire.encode_message(Kind.FOLLOW, {"record": 7, "quick": False}),
     "a record with holes": wire.encode_message(Kind.JOIN, {}),
     "a handover to a primary": wire.encode_message(Kind.HANDOVER, {}),
     "an operation for the primary": wire.encode_message(Kind.UNLINK, [1, b"file"]),

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from mirrorfs.lab.pair import Lab, wait_for
+from mirrorfs.lab.pair import Host, Lab, wait_for
 from tests.pair.support import tree_differences
 
 pytestmark = [
@@ -54,6 +55,21 @@ def _traced(lab: Lab, directory: Path) -> Iterator[dict[str, Syncs]]:
 
             counts[host.name] = count
         yield counts
+
+
+@contextlib.contextmanager
+def _endless_syncs(host: Host, path: str, trace: Path) -> Iterator[Callable[[], bool]]:
+    """Let no sync of `path` end on this host's node until the block is left; gives whether one has begun there."""
+    # Only of this file: what the node records for itself is as quick as ever. The node opened it before it mounted over it.
+    opened = host.mount / host.backing.relative_to(host.under) / path
+    inject = ["-P", str(opened), "-e", "trace=fsync,fdatasync", "--inject=fsync,fdatasync:delay_enter=60s"]
+    command = ["strace", "-f", "-qq", *inject, "-o", str(trace), "-p", *map(str, host.pids())]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as strace:
+        try:
+            _wait_traced(host.pids())
+            yield lambda: "sync(" in trace.read_text()
+        finally:
+            strace.terminate()  # which lets go of whoever waits
 
 
 def _wait_traced(pids: list[int]) -> None:
@@ -138,3 +154,25 @@ def test_a_flushed_shared_mapping_is_synced_on_both_nodes(pair: Lab, tmp_path: P
         assert all(count("mapped") >= 1 for count in syncs.values())
     for host in pair.hosts.values():
         assert (host.backing / "mapped").read_bytes()[5000:5004] == b"data", host.name
+
+
+def test_a_slow_sync_on_the_standby_does_not_hold_up_the_writes_behind_it(pair: Lab, tmp_path: Path) -> None:
+    slow = os.open(pair.one.mount / "slow", os.O_WRONLY | os.O_CREAT, 0o644)
+    quick = os.open(pair.one.mount / "quick", os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.write(slow, b"not synced yet")
+        syncing = threading.Thread(target=os.fsync, args=(slow,))
+        with _endless_syncs(pair.two, "slow", tmp_path / "trace") as has_begun:
+            syncing.start()
+            wait_for(has_begun, "the sync has begun on the standby")
+            for number in range(50):
+                os.write(quick, b"behind the sync")
+                (pair.one.mount / f"quick-{number}").write_bytes(b"behind the sync too")
+            assert syncing.is_alive(), "the writes waited for the sync"
+            assert pair.one.status()["state"] == "primary"
+        syncing.join(timeout=30)
+        assert not syncing.is_alive()
+    finally:
+        os.close(slow)
+        os.close(quick)
+    assert tree_differences(pair) == []

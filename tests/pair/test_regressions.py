@@ -271,7 +271,7 @@ def test_an_operation_with_a_name_that_leads_out_of_the_tree_ends_the_link_and_t
     with _calling(lab.two, "one") as connection:
         impostor = _Impostor(connection)
         connection.sendall(_greeting(hello))
-        impostor.send(wire.encode_message(Kind.FOLLOW, epochs.pack_record(record)))
+        impostor.send(wire.encode_message(Kind.FOLLOW, {"record": epochs.pack_record(record), "quick": False}))
         impostor.wait(Kind.FOLLOWING)
         if joined:
             impostor.send(wire.encode_message(Kind.JOIN, epochs.pack_record(record)))

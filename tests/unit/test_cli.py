@@ -66,6 +66,7 @@ def node(tmp_path: Path) -> Node:
         [nodes.one]
         address = "10.0.0.1"
         control = "{node.control}"
+        state_dir = "{tmp_path}/state"
         [nodes.two]
         address = "10.0.0.2"
         control = "{tmp_path}/two.sock"
@@ -110,7 +111,7 @@ async def test_the_help_names_every_command() -> None:
     assert (status, err) == (0, "")
     listed = out.partition("Commands:\n")[2]
     commands = re.findall(r"^  (\w+)  ", listed, re.MULTILINE)
-    assert set(commands) >= {"mount", "promote", "demote", "status", "unmount", "release", "lab", "demo", "bench"}
+    assert set(commands) >= {"mount", "promote", "demote", "status", "unmount", "release", "journal", "lab", "demo", "bench"}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ async def test_a_wrong_command_line_ends_with_2_and_no_traceback(arguments: Sequ
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["mount PATH", "promote", "demote", "unmount", "status", "release PATH"])
+@pytest.mark.parametrize("command", ["mount PATH", "promote", "demote", "unmount", "status", "release PATH", "journal show"])
 async def test_every_command_reports_a_wrong_configuration_in_one_line(tmp_path: Path, command: str) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text("volme = 1\n")
@@ -301,6 +302,29 @@ async def test_releasing_needs_no_configuration_but_takes_one_that_is_named(tmp_
         2,
         f"mirrorfs: {tmp_path}/missing.toml: there is no such file, write it or give another with --config FILE\n",
     )
+
+
+async def test_the_journal_is_shown_also_without_a_running_node_and_ends_with_1_if_it_is_damaged(
+    tmp_path: Path, node: Node
+) -> None:
+    shown = await mirrorfs("journal", "show", "--config", node.file)
+    assert shown == (
+        0,
+        f"{tmp_path}/state/record\n  there is no such file\n"
+        f"{tmp_path}/state/ids\n  there is no such file\n"
+        f"{tmp_path}/state/dirty\n  there is no such file\n",
+        "",
+    )
+    assert not (tmp_path / "state").exists(), "looking makes nothing"
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "dirty").write_bytes(b"?")
+    status, out, err = await mirrorfs("--config", node.file, "journal", "show", "--json")
+    assert (status, err) == (1, "")
+    assert {name: json.loads(out)[name]["state"] for name in ("record", "ids", "dirty")} == {
+        "record": "absent",
+        "ids": "absent",
+        "dirty": "damaged",
+    }
 
 
 def ending(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> object:

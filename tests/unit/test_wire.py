@@ -30,11 +30,12 @@ _NAMES = (
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(["file", "parent", "new_parent", "directory"], _IDS),
     **dict.fromkeys(["name", "new_name"], _NAMES),
-    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset"], _NUMBERS),
+    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _TIMES),
     **dict.fromkeys(["data", "target", "value"], _DATA),
-    **dict.fromkeys(["data_only", "gone"], st.booleans()),
+    **dict.fromkeys(["data_only", "gone", "complete", "last"], st.booleans()),
     "xattrs": st.lists(st.tuples(_NAMES, _DATA), max_size=5).map(tuple),
+    "names": st.lists(st.tuples(_NAMES, _NUMBERS), max_size=5).map(tuple),
 }
 
 
@@ -190,8 +191,15 @@ _SOUND: dict[type, ops.Operation] = {
         ops.CopyData(5, 0, b"data"),
         ops.Vanish(1, b"name", True),
         ops.DirectoryDone(5),
+        ops.Gather(5, ((b"name", 6), (b"gone", 0)), True, False),
+        ops.Gathered(),
+        ops.NamesEqual(),
+        ops.Refresh(5, 0o100644, 0, 0, 0, ((b"user.name", b"value"),)),
+        ops.CopyHole(5, 0, 4096),
+        ops.Compare(5, 0, 4096),
         ops.Sync(5, False),
-        ops.Checkpoint(),
+        ops.Checkpoint(7, 1 << 40),
+        ops.Checkpointed(7),
     )
 }
 _NOT_IDS = [0, -1, -(1 << 63), 1 << 63, (1 << 64) - 1, True, 5.0, b"5", "5", [5]]
@@ -213,16 +221,18 @@ _NOT_XATTRS = [
     [[b"name", "value"]],
     [[b"name", None]],
 ]
+_NOT_GATHERED = [None, 5, b"name", [b"name"], [[b"name"]], [[b"name", -1]], [[b"name", 1 << 63]], [[b"a/b", 5]], [["name", 5]]]
 _UNSOUND: dict[str, list[Any]] = {
     **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),
     **dict.fromkeys(["name", "new_name"], _NOT_NAMES),
-    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags"], _NOT_NUMBERS),
+    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NOT_NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _NOT_TIMES),
     **dict.fromkeys(["target", "value"], _NOT_BYTES),
-    **dict.fromkeys(["data_only", "gone"], _NOT_FLAGS),
+    **dict.fromkeys(["data_only", "gone", "complete", "last"], _NOT_FLAGS),
     "xattrs": _NOT_XATTRS,
+    "names": _NOT_GATHERED,
 }
-_OF_MESSAGES = [kind for kind in wire.KIND_OF if kind not in (ops.Write, ops.CopyData, ops.Checkpoint)]
+_OF_MESSAGES = [kind for kind in wire.KIND_OF if kind not in (ops.Write, ops.CopyData) and fields(kind)]
 
 
 def _with(operation: ops.Operation, **changed: object) -> Frame:
@@ -309,7 +319,7 @@ def test_a_wrong_checksum_is_refused() -> None:
 
 def test_the_frames_before_a_bad_one_are_delivered() -> None:
     decoder = Decoder()
-    stream = decoder.feed(_bytes(ops.Checkpoint()) + _raw(0, 255))
+    stream = decoder.feed(_bytes(ops.Checkpoint(7, 1 << 40)) + _raw(0, 255))
     assert next(stream).kind is Kind.CHECKPOINT
     with pytest.raises(ProtocolError):
         next(stream)
@@ -317,7 +327,7 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
 
 def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0)
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 2, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +335,8 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     [
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
-        (struct.pack("<8sHHI", b"mirrorfs", 2, 0, 0), "protocol version 2, this node 1"),
-        (struct.pack("<8sHHI", b"mirrorfs", 1, 3, 0), "protection 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 2"),
+        (struct.pack("<8sHHI", b"mirrorfs", 2, 3, 0), "protection 3"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:

@@ -1,15 +1,16 @@
 """The dirty set: what might the other node not durably have?
 
-Two things are kept apart. The *exact* marks (names of a directory, 4 KiB blocks of a file, "its attributes") are in memory only and
-say what a resync has to bring over. The *hot* marks are coarse (a directory, a file's attributes, a 4 MiB extent of a file) and are
-durable on disk before the first change that they cover: whatever is dirty is hot, so after a crash the hot marks take the place of
-the exact ones. A busy application touches few extents, and a change to what is hot costs no disk call.
+Two things are kept apart. The *exact* marks (names of a directory, 4 KiB blocks of a file, "its attributes") are in memory
+only and say what a resync has to bring over. The *hot* marks are coarse (a directory, a file's attributes, a 4 MiB extent of
+a file) and are durable on disk before the first change that they cover: whatever is dirty is hot, so after a crash the hot
+marks take the place of the exact ones. A busy application touches few extents, and a change to what is hot costs no disk
+call.
 
-A file that was made since `new_from` needs no mark at all: ids grow, it is wholly dirty, and its name is in a marked directory or in
-one that is new itself.
+A file that was made since `new_from` needs no mark at all: ids grow, it is wholly dirty, and its name is in a marked
+directory or in one that is new itself.
 
-The exact marks are in two generations. `cut` begins a new one; when both nodes have synced what came before the cut, `checkpointed`
-drops the old. What is hot stays so for one generation longer, since what was busy most likely still is.
+The exact marks are in two generations. `cut` begins a new one; when both nodes have synced what came before the cut,
+`checkpointed` drops the old. What is hot stays so for one generation longer, since what was busy most likely still is.
 
 No I/O here: who calls makes the marks durable (`cold` says which) before a change, and notes it afterwards.
 """
@@ -37,12 +38,22 @@ class Names:
 
     directory: int
 
+    @property
+    def number(self) -> int:
+        """The id of the directory."""
+        return self.directory
+
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
     """Hot: the attributes of this file may have changed."""
 
     file: int
+
+    @property
+    def number(self) -> int:
+        """The id of the file."""
+        return self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,11 @@ class Extents:
     file: int
     first: int
     last: int
+
+    @property
+    def number(self) -> int:
+        """The id of the file."""
+        return self.file
 
 
 Mark = Names | Attributes | Extents
@@ -109,10 +125,10 @@ class FileMarks:
         self.extents |= other.extents
         self.tail = min(self.tail, other.tail)
 
-    def compared_bytes(self, size: int) -> int:
-        """How much of a file of that size has to be compared."""
-        whole = len(self.extents) * EXTENT
-        return min(whole + max(size - self.tail * EXTENT, 0), size) if self.tail < END else min(whole, size)
+    @property
+    def estimated_bytes(self) -> int:
+        """How much has to be sent or compared, as far as that is known without the file's size."""
+        return len(self.blocks) * BLOCK + len(self.extents) * EXTENT
 
     def compared_ranges(self, size: int) -> Iterator[tuple[int, int]]:
         """The ranges (start, end) in bytes that have to be compared, within `size`."""
@@ -224,13 +240,16 @@ class DirtySet:
         self.new_from = head.new_from
         self.old = Generation()
         self.now = Generation()
+        #: Changes are tracked: the set is complete, or a checkpoint that will make it so has begun.
+        self.tracking = head.complete
         self.located: dict[int, Located] = {}
+        self._at: dict[tuple[int, bytes], int] = {}
         self._age = 0
         self._hot: dict[_Key, int] = {}
         self._tails: dict[int, tuple[int, int]] = {}
         for entry in entries:
             if isinstance(entry, Located):
-                self.located[entry.file] = entry
+                self.locate(entry)
             else:
                 self.heat([entry])
                 self._mark(self.now, entry)
@@ -249,13 +268,35 @@ class DirtySet:
                 else:
                     marks.extents.add_range(mark.first, mark.last + 1)
 
+    def locate(self, located: Located) -> None:
+        """Remember how a marked file can be found."""
+        self.located[located.file] = located
+        if located.parent:
+            self._at[located.parent, located.name] = located.file
+
+    def _lose_place(self, parent: int, name: bytes) -> Located | None:
+        """A name leads to another file from now on, or to none; returns the file that it led to, if that is remembered."""
+        file = self._at.pop((parent, name), None)
+        located = None if file is None else self.located.get(file)
+        if located is not None and (located.parent, located.name) == (parent, name):
+            self.located[located.file] = replace(located, parent=0, parent_handle=b"", name=b"")
+            return located
+        return None
+
+    def _move_place(self, located: Located | None, parent: int, name: bytes) -> None:
+        if located is not None:
+            above = self.located.get(parent)
+            self.locate(replace(located, parent=parent, parent_handle=above.handle if above else b"", name=name))
+
     # ---- before a change: what must be durable
 
     def cold(self, change: ops.Change, old_size: int = 0) -> list[Mark]:
         """The marks that must be durable before this change, and are not; `old_size` as for `Generation.note`."""
         match change:
             case ops.Write():
-                return self._cold_extents(change.file, change.offset // EXTENT, (change.offset + len(change.data) - 1) // EXTENT)
+                return self._cold_extents(
+                    change.file, change.offset // EXTENT, (change.offset + len(change.data) - 1) // EXTENT
+                )
             case ops.MakeNode() | ops.Symlink() | ops.Link() | ops.Unlink() | ops.RemoveDirectory():
                 return self._cold_names(change.parent)
             case ops.Rename():
@@ -314,21 +355,40 @@ class DirtySet:
             return []
         return [Attributes(file)]
 
-    def heat(self, marks: Iterable[Mark]) -> None:
-        """These marks are durable."""
-        for mark in marks:
-            match mark:
+    # ---- after a change
+
+    def note(self, change: ops.Change, old_size: int = 0) -> None:
+        """A change was made: what it changed is dirty, and files are where it has put them."""
+        self.now.note(change, self.new_from, old_size)
+        match change:
+            case ops.Unlink() | ops.RemoveDirectory():
+                self._lose_place(change.parent, change.name)
+            case ops.Rename():
+                moved = self._lose_place(change.parent, change.name)
+                other = self._lose_place(change.new_parent, change.new_name)
+                self._move_place(moved, change.new_parent, change.new_name)
+                if change.flags & ops.RENAME_EXCHANGE:
+                    self._move_place(other, change.parent, change.name)
+            case _:
+                pass
+
+    def heat(self, entries: Iterable[Entry]) -> None:
+        """These entries are durable."""
+        for entry in entries:
+            match entry:
+                case Located():
+                    self.locate(entry)
                 case Names():
-                    self._hot[mark.directory, _NAMES] = self._age
+                    self._hot[entry.directory, _NAMES] = self._age
                 case Attributes():
-                    self._hot[mark.file, _ATTRIBUTES] = self._age
+                    self._hot[entry.file, _ATTRIBUTES] = self._age
                 case Extents():
-                    if mark.last == END:
-                        first, _ = self._tails.get(mark.file, (END, 0))
-                        self._tails[mark.file] = (min(first, mark.first), self._age)
+                    if entry.last == END:
+                        first, _ = self._tails.get(entry.file, (END, 0))
+                        self._tails[entry.file] = (min(first, entry.first), self._age)
                     else:
-                        for extent in range(mark.first, mark.last + 1):
-                            self._hot[mark.file, extent] = self._age
+                        for extent in range(entry.first, entry.last + 1):
+                            self._hot[entry.file, extent] = self._age
 
     def hot(self) -> list[Mark]:
         """Everything that is hot, neighbouring extents joined."""
@@ -348,7 +408,7 @@ class DirtySet:
     def entries(self) -> list[Entry]:
         """What a log that is written afresh has to hold."""
         marks = self.hot()
-        files = {mark.directory if isinstance(mark, Names) else mark.file for mark in marks}
+        files = {mark.number for mark in marks}
         located: list[Entry] = [self.located[file] for file in files if file in self.located]
         return located + marks
 
@@ -359,6 +419,7 @@ class DirtySet:
         self.old.add(self.now)
         self.now = Generation()
         self.new_from = max(self.new_from, new_from)
+        self.tracking = True
         self._age += 1
 
     def checkpointed(self, number: int) -> None:
@@ -369,6 +430,11 @@ class DirtySet:
         self._tails = {file: tail for file, tail in self._tails.items() if tail[1] >= self._age - 1}
         files = {file for file, _ in self._hot} | set(self._tails) | set(self.now.files) | set(self.now.names)
         self.located = {file: at for file, at in self.located.items() if file in files}
+        self._at = {(at.parent, at.name): file for file, at in self.located.items() if at.parent}
+
+    def synced(self, number: int) -> None:
+        """As the standby: all that came before checkpoint `number` is durable here."""
+        self.head = replace(self.head, number=number)
 
     def all(self) -> Generation:
         """Everything that is dirty, as a set of its own."""
@@ -380,18 +446,14 @@ class DirtySet:
     @property
     def dirty_bytes(self) -> int:
         """Bytes in dirty blocks and in extents that have to be compared; new files are not counted."""
-        total = 0
-        for generation in (self.old, self.now):
-            for marks in generation.files.values():
-                total += len(marks.blocks) * BLOCK + len(marks.extents) * EXTENT
-        return total
+        return sum(marks.estimated_bytes for generation in (self.old, self.now) for marks in generation.files.values())
 
 
 def is_quick(source: Head, target: Head) -> bool:
     """Whether the two sets together hold all that may differ between the nodes that they are of.
 
-    Both nodes have all that came before the lower of their two numbers; each set must reach back to it. A node that was restored
-    from an older snapshot has a number below the base of the other's set.
+    Both nodes have all that came before the lower of their two numbers; each set must reach back to it. A node that was
+    restored from an older snapshot has a number below the base of the other's set.
     """
     if not (source.complete and target.complete and source.volume_id == target.volume_id):
         return False

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from mirrorfs.core.dirty import Head
+
 
 class Standing(StrEnum):
     """What a node durably knows of its own tree."""
@@ -78,11 +80,18 @@ class Record:
         """Whether the epoch is part of this history, or older than what is remembered of it."""
         if self.epochs and epoch.number < self.epochs[0].number:
             return True
+        return self.remembers(epoch)
+
+    def remembers(self, epoch: Epoch) -> bool:
+        """Whether the epoch is part of what is remembered of this history."""
         return any(epoch.same(known) for known in self.epochs)
 
 
 #: Epochs that a node remembers. Two nodes that have been apart for longer than this need a person.
 HISTORY = 256
+
+
+_NOTHING = Head()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,7 @@ class Hello:
     serving: bool
     empty: bool
     discard_local_data: bool
+    dirty: Head = _NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +200,12 @@ def _meet_older(newer: Hello, older: Hello) -> Verdict:
     last, epoch = older.record.epoch, newer.record.epoch
     assert last is not None
     assert epoch is not None
+    if not newer.record.remembers(last) and older.record.standing is Standing.IN_SYNC:
+        return SplitBrain(
+            f"{older.node} has been away since epoch {last.number}, longer than {newer.node} remembers: nobody knows whether "
+            "it acknowledged changes of its own",
+            older.node,
+        )
     after = [e for e in newer.record.epochs if e.number > last.number]
     for later in after:
         if later.forced:
@@ -206,6 +222,8 @@ def _meet_older(newer: Hello, older: Hello) -> Verdict:
     reason = f"{older.node} has been away since epoch {last.number}"
     if newer.serving:
         return Resume(newer.node, f"{reason}; {newer.node} is serving")
+    if _acknowledged_beyond(newer, older):
+        older = replace(older, serving=False)  # frozen at best: it lacks what was acknowledged since
     return _choose(newer, older, epoch, reason)
 
 
@@ -392,6 +410,7 @@ def pack_hello(hello: Hello) -> dict[str, Any]:
         "serving": hello.serving,
         "empty": hello.empty,
         "discard_local_data": hello.discard_local_data,
+        "dirty": [hello.dirty.volume_id, hello.dirty.number, hello.dirty.base, hello.dirty.new_from, hello.dirty.complete],
     }
 
 
@@ -405,4 +424,10 @@ def unpack_hello(data: dict[str, Any]) -> Hello:
         serving=bool(data["serving"]),
         empty=bool(data["empty"]),
         discard_local_data=bool(data["discard_local_data"]),
+        dirty=_unpack_head(data["dirty"]),
     )
+
+
+def _unpack_head(fields: list[Any]) -> Head:
+    volume_id, number, base, new_from, complete = fields
+    return Head(str(volume_id), int(number), int(base), int(new_from), bool(complete))

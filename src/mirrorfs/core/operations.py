@@ -162,6 +162,60 @@ class DirectoryDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Gather:
+    """Quick resync: these names of the directory stand for these files at the source, 0 for none. What the target has there
+    that is another file waits aside until it is placed again; with `complete`, so does every name that none of the pieces of
+    this directory's list up to the `last` speaks of."""
+
+    directory: int
+    names: tuple[tuple[bytes, int], ...]
+    complete: bool
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Quick resync: the `Gather`s of this round are all sent; an `Entry` for each name that holds something follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamesEqual:
+    """Quick resync: every name leads to the same file on both nodes now; from here on changes travel as they do to a
+    standby."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """Quick resync: the attributes of a file as they stand at this point of the stream, times left out; `size` as of a regular
+    file."""
+
+    file: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyHole:
+    """Quick resync: `size` bytes from `offset` on are a hole."""
+
+    file: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Quick resync: tell the hashes of these bytes (`resync.hashes`); the answer is not in the order of the stream."""
+
+    file: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sync:
     """fsync, or fdatasync if `data_only`, of a file or directory: covers everything before it on the stream."""
 
@@ -171,21 +225,36 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Make everything before it on the stream durable (syncfs)."""
+    """Make everything before it on the stream durable (syncfs), and know this as checkpoint `number`; files with an id of
+    `new_from` or more are made after it."""
+
+    number: int
+    new_from: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """Checkpoint `number` is durable on both nodes: what the standby remembers as dirty from before it is dirty no more."""
+
+    number: int
 
 
 Change = Write | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename | SetAttributes | SetXattr | RemoveXattr
 Copy = Entry | CopyData | Vanish | DirectoryDone
+CatchUp = Gather | Gathered | NamesEqual | Refresh | CopyHole | Compare
 Flush = Sync | Checkpoint
-Operation = Change | Introduce | Copy | Flush
+Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed
 
+
+#: Of `Rename.flags`, as in renameat2(2).
+RENAME_EXCHANGE: Final = 2
 
 _MAX: Final = (1 << 63) - 1
 _IDS: Final = {"file", "parent", "new_parent", "directory"}
 _NAMES: Final = {"name", "new_name"}
-_NUMBERS: Final = {"mode", "uid", "gid", "rdev", "size", "flags"}
+_NUMBERS: Final = {"mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset"}
 _TIMES: Final = {"atime_ns", "mtime_ns"}
-_FLAGS: Final = {"data_only", "gone"}
+_FLAGS: Final = {"data_only", "gone", "complete", "last"}
 
 
 def check(operation: Operation) -> None:
@@ -212,19 +281,25 @@ def _is_sound(field: str, value: object) -> bool:
     if field in _IDS:
         return type(value) is int and 1 <= value <= _MAX
     if field in _NAMES:
-        return type(value) is bytes and _is_name(value)
+        return _is_name(value)
     if field in _NUMBERS:
         return type(value) is int and 0 <= value <= _MAX
     if field in _TIMES:
         return type(value) is int and -_MAX <= value <= 2 * _MAX
     if field in _FLAGS:
         return type(value) is bool
-    if field == "offset":
-        return type(value) is int and 0 <= value <= _MAX
     if field == "xattrs":
         return isinstance(value, tuple) and all(type(part) is bytes for pair in value for part in pair)
+    if field == "names":
+        return isinstance(value, tuple) and all(_is_name(name) and _is_sound("size", file) for name, file in value)
     return type(value) is bytes
 
 
-def _is_name(value: bytes) -> bool:
-    return 0 < len(value) <= 255 and value not in (b".", b"..") and b"/" not in value and b"\0" not in value
+def _is_name(value: object) -> bool:
+    return (
+        isinstance(value, bytes)
+        and 0 < len(value) <= 255
+        and value not in (b".", b"..")
+        and b"/" not in value
+        and b"\0" not in value
+    )

@@ -17,7 +17,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 1
+VERSION: Final = 2
 #: How the bytes after the preamble are protected; 0 is not at all.
 SECURITY_NONE: Final = 0
 PREAMBLE: Final = struct.Struct("<8sHHI")
@@ -44,6 +44,9 @@ class Kind(IntEnum):
     ACK = 16
     FLUSHED = 17
     FAILED = 18
+    HASHES = 19
+    LACKED = 20
+    HOT = 21
     WRITE = 32
     MAKE_NODE = 33
     SYMLINK = 34
@@ -59,8 +62,15 @@ class Kind(IntEnum):
     COPY_DATA = 49
     DIRECTORY_DONE = 50
     VANISH = 51
+    GATHER = 52
+    GATHERED = 53
+    NAMES_EQUAL = 54
+    REFRESH = 55
+    COPY_HOLE = 56
+    COMPARE = 57
     SYNC = 64
     CHECKPOINT = 65
+    CHECKPOINTED = 66
 
 
 KIND_OF: Final[dict[type, Kind]] = {
@@ -79,8 +89,15 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.CopyData: Kind.COPY_DATA,
     ops.Vanish: Kind.VANISH,
     ops.DirectoryDone: Kind.DIRECTORY_DONE,
+    ops.Gather: Kind.GATHER,
+    ops.Gathered: Kind.GATHERED,
+    ops.NamesEqual: Kind.NAMES_EQUAL,
+    ops.Refresh: Kind.REFRESH,
+    ops.CopyHole: Kind.COPY_HOLE,
+    ops.Compare: Kind.COMPARE,
     ops.Sync: Kind.SYNC,
     ops.Checkpoint: Kind.CHECKPOINT,
+    ops.Checkpointed: Kind.CHECKPOINTED,
 }
 OPERATION_OF: Final[dict[Kind, Any]] = {kind: operation for operation, kind in KIND_OF.items()}
 
@@ -144,8 +161,7 @@ def decode_operation(frame: Frame) -> ops.Operation:
     try:
         if not isinstance(fields, list):
             raise TypeError("its fields are no list")
-        if operation is ops.Entry:
-            fields[-1] = tuple((name, value) for name, value in fields[-1])
+        fields = [tuple((first, second) for first, second in field) if isinstance(field, list) else field for field in fields]
         result: ops.Operation = operation(*fields)
         ops.check(result)
     except (TypeError, ValueError, IndexError) as error:

@@ -8,6 +8,8 @@ the namespaces by their names (a hash of the directory), processes by their name
     DIR/NODE/data            the mount point; adopted in place, so the files underneath are in it too
     DIR/NODE/under           a bind mount of `data` as it is without mirrorfs
     DIR/NODE/state, log, mirrorfs.toml, control.sock
+    DIR/NODE/boot            the id of the host's boot, if that is not the machine's
+    DIR/disks                disks of the hosts' own, if they have some (`disks`)
 """
 
 import contextlib
@@ -28,7 +30,7 @@ from typing import Any, Self
 import mirrorfs
 from mirrorfs import backing, config, control
 from mirrorfs.errors import ConfigError, ControlError, MirrorfsError, UsageError
-from mirrorfs.lab import processes
+from mirrorfs.lab import mounts, processes
 from mirrorfs.lab.network import ADDRESSES, Network
 from mirrorfs.lab.processes import Process
 
@@ -68,14 +70,19 @@ class Host:
         return self.network.namespace(self.name)
 
     @property
+    def home(self) -> Path:
+        """The directory of all that is its own."""
+        return self.directory / self.name
+
+    @property
     def mount(self) -> Path:
         """Where its replica is mounted."""
-        return self.directory / self.name / "data"
+        return self.home / "data"
 
     @property
     def under(self) -> Path:
         """The directory of the mount point without the mount."""
-        return self.directory / self.name / "under"
+        return self.home / "under"
 
     @property
     def backing(self) -> Path:
@@ -85,22 +92,27 @@ class Host:
     @property
     def config(self) -> Path:
         """Its configuration, for `--config`."""
-        return self.directory / self.name / "mirrorfs.toml"
+        return self.home / "mirrorfs.toml"
 
     @property
     def state_dir(self) -> Path:
         """Its state directory."""
-        return self.directory / self.name / "state"
+        return self.home / "state"
 
     @property
     def log(self) -> Path:
         """What its node has printed, over all its starts."""
-        return self.directory / self.name / "log"
+        return self.home / "log"
+
+    @property
+    def boot(self) -> Path:
+        """What makes its boot another than the machine's: a file with the id, if there is one."""
+        return self.home / "boot"
 
     @property
     def control(self) -> Path:
         """Its control socket; elsewhere if the lab's path is too long for the address of a socket."""
-        path = self.directory / self.name / "control.sock"
+        path = self.home / "control.sock"
         if len(os.fsencode(path)) <= _SOCKET_PATH_MAX_BYTES:
             return path
         return _socket_directory(self.directory) / f"{self.name}.sock"
@@ -154,7 +166,8 @@ class Host:
         # As a daemon is started: in a session of its own, and no child of ours, which would have to wait for it. The pid
         # that the shell prints is the node's own: nothing forks after that.
         daemonize = ["setsid", "--fork", "sh", "-c", 'echo $$; log=$1; shift; exec "$@" >>"$log" 2>&1 </dev/null', "sh"]
-        mount = [sys.executable, "-m", "mirrorfs", "mount", str(self.mount), "--config", str(self.config)]
+        program = ["mirrorfs.lab.booted", self.boot.read_text()] if self.boot.exists() else ["mirrorfs"]
+        mount = [sys.executable, "-m", *program, "mount", str(self.mount), "--config", str(self.config)]
         command = [*self.network.entering(self.name), *daemonize, str(self.log), *mount]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=_node_environment(), cwd="/")
         process = processes.find(int(done.stdout))
@@ -176,6 +189,12 @@ class Host:
         """`mirrorfs unmount`: the clean end; returns when the node's processes are gone. Raises the error of the node."""
         control.request(self.control, "unmount", timeout_s=deadline_s)
         wait_for(lambda: not self.pids(), f"node {self.name} ends after unmount", deadline_s)
+
+    def bind_under(self) -> None:
+        """Make `under` show the directory of the mount point, on which nothing is mounted yet but perhaps a disk."""
+        subprocess.run(["mount", "--bind", self.mount, self.under], check=True)
+        # Private, or the mount over `data` would come back through `under` where mounts are shared.
+        subprocess.run(["mount", "--make-private", self.under], check=True)
 
     def log_tail(self) -> str:
         """The end of its log, as the end of an error message."""
@@ -226,6 +245,11 @@ class Lab:
     def two(self) -> Host:
         """The other one."""
         return self.hosts["two"]
+
+    @property
+    def disks(self) -> Path:
+        """Where the disks are that were made for its hosts."""
+        return self.dir / "disks"
 
     @classmethod
     def create(cls, directory: Path, *, options: Mapping[str, str] | None = None) -> Self:
@@ -297,8 +321,8 @@ class Lab:
         shutil.rmtree(_socket_directory(self.dir), ignore_errors=True)
         if not (self.dir / _MARKER).exists():
             return
-        for host in self.hosts.values():
-            _remove_tree(self.dir / host.name)
+        for directory in (*(host.home for host in self.hosts.values()), self.disks):
+            _remove_tree(directory)
         for file in (_record_file(self.dir), _record_file(self.dir).with_suffix(".new")):
             file.unlink(missing_ok=True)
         (self.dir / _MARKER).unlink()
@@ -366,9 +390,7 @@ class Lab:
             host.state_dir.mkdir()
             host.config.write_text(_configuration(host, self.hosts.values(), options))
             config.load(host.config, host.name)
-            # Private, or the mount over `data` would come back through `under` where mounts are shared.
-            subprocess.run(["mount", "--bind", host.mount, host.under], check=True)
-            subprocess.run(["mount", "--make-private", host.under], check=True)
+            host.bind_under()
         self.network.create()
 
     def _stop_everything(self) -> None:
@@ -378,10 +400,7 @@ class Lab:
                 processes.kill(processes.session_of(leader))
         while alive := [pid for name in self.hosts for pid in self.network.pids(name)]:
             processes.kill(processes.find_all(alive))
-        for mount in reversed(_mounts_below(self.dir)):
-            backing.detach(mount, backing.top_mount(mount))
-        if left := _mounts_below(self.dir):
-            raise MirrorfsError(f"{left[0]} cannot be unmounted")
+        mounts.detach_below(self.dir)
         self.network.remove()
 
 
@@ -477,11 +496,3 @@ def _write_record(directory: Path, record: Mapping[str, list[Process]]) -> None:
     new = _record_file(directory).with_suffix(".new")
     new.write_text(json.dumps({"nodes": nodes}, indent=2) + "\n")
     new.replace(_record_file(directory))
-
-
-def _mounts_below(directory: Path) -> list[Path]:
-    """The mount points below the directory, in the order in which they were made."""
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        escaped = [line.split(b" ")[4] for line in mounts]
-    points = [re.sub(rb"\\([0-7]{3})", lambda digits: bytes([int(digits[1], 8)]), point) for point in escaped]
-    return [path for path in (Path(os.fsdecode(point)) for point in points) if directory in path.parents]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 from mirrorfs.errors import MirrorfsError
 
 _KILL_DEADLINE_S = 10
+_STOP_DEADLINE_S = 10
+#: States (proc(5)) of a thread that was told to stop in which no instruction of its program is executed any more. One that
+#: waits for a disk (D) stops when it would return to the program.
+_STANDING = b"TtDZX"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,30 @@ def kill(processes: Iterable[Process]) -> None:
             poll.register(descriptor, select.POLLIN)
             if not poll.poll(_KILL_DEADLINE_S * 1000):
                 raise MirrorfsError(f"process {process.pid} does not end on SIGKILL")
+
+
+def stop(processes: Iterable[Process]) -> None:
+    """SIGSTOP to all of them, and wait until none of their threads can go on; MirrorfsError if one does not stand still."""
+    stopping: list[Process] = []
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError), _pidfd(process.pid) as descriptor:
+            if find(process.pid) == process:
+                signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
+                stopping.append(process)
+    end = time.monotonic() + _STOP_DEADLINE_S
+    for process in stopping:
+        while not all(state in _STANDING for state in _thread_states(process.pid)):
+            if time.monotonic() > end:
+                raise MirrorfsError(f"process {process.pid} does not stand still on SIGSTOP")
+            time.sleep(0.001)
+
+
+def _thread_states(pid: int) -> Iterator[bytes]:
+    """The state of each thread of the process, one letter."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                yield Path(f"/proc/{pid}/task/{task}/stat").read_bytes().rpartition(b")")[2].split()[0]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Bringing a peer to the same tree while the application runs: a plain full copy, inside the ordered stream.
+"""A full copy while the application runs, inside the ordered stream.
 
 The source introduces files by `Entry` and sends their data by `CopyData`, both as they stand at that point of the stream. A
 live change to a file that has been introduced follows on the stream; a change to one that has not is left out, since the copy
@@ -13,49 +13,40 @@ that was introduced is deleted at the target while the source may still introduc
 import errno
 import logging
 import os
-import shutil
 import stat
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Final, assert_never
-
-import trio
+from typing import assert_never
 
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
+from mirrorfs.resync.making import Maker
+from mirrorfs.resync.sending import Sender
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
-from mirrorfs.tree import RENAME_EXCHANGE, Tree
+from mirrorfs.tree import Tree
 
 log = logging.getLogger(__name__)
 
-_PIECE: Final = 512 << 10
-#: What may be on its way at once: a live change waits behind no more than this.
-_MAX_IN_FLIGHT: Final = 4 << 20
-_ENTRY_COST: Final = 4 << 10
-_MAX_XATTRS: Final = 3 << 20
 
-
-class Copier:
+class Copier(Sender):
     """The source's side. `introduced` are the files that the target knows by id; `note_unsettled` takes an id whose times the
     target must be told once more."""
 
     def __init__(self, tree: Tree, stream: Stream, *, note_unsettled: Callable[[int], None]) -> None:
-        self.tree = tree
-        self.stream = stream
+        super().__init__(tree, stream)
         self.introduced: set[int] = set()
-        self.files_done = self.bytes_done = 0
-        self.files_found = self.bytes_found = 0
         self._note_unsettled = note_unsettled
         self._directories: deque[int] = deque()
         self._files: deque[int] = deque()
         self._held: dict[int, Known] = {}
-        self._on_the_way: deque[tuple[int, int]] = deque()
-        self._on_the_way_bytes = 0
         self._finished = False
 
     # ---- live changes
+
+    def tells(self, change: ops.Change) -> bool:
+        """Whether the target is told of a live change as it is: never, `send` does it."""
+        return False
 
     def send(self, change: ops.Change, lost: Known | None) -> int:
         """Send what the target needs of a change that was just made here; returns the last sequence number (0: nothing).
@@ -69,7 +60,7 @@ class Copier:
                 self._vanish(change.parent, change.name, gone=lost is not None and lost.gone)
             case ops.Rename():
                 self._name_holds(change.new_parent, change.new_name, moved=True)
-                if change.flags & RENAME_EXCHANGE:
+                if change.flags & ops.RENAME_EXCHANGE:
                     self._name_holds(change.parent, change.name, moved=True)
                 else:
                     self._vanish(change.parent, change.name)
@@ -108,26 +99,9 @@ class Copier:
 
     def introduce(self, parent: int, name: bytes, known: Known) -> None:
         """Send the entry of a file as it stands; its data or its names are queued if this is its first mention."""
-        status = self.tree.stat(known)
         first = known.id not in self.introduced
+        status = self.put_entry(parent, name, known, self.xattrs_of(known) if first else ())
         regular, directory = stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode)
-        xattrs = tuple((key, self.tree.xattr(known, key)) for key in self.tree.xattrs(known)) if first else ()
-        if sum(len(key) + len(value) for key, value in xattrs) > _MAX_XATTRS:
-            raise OSError(errno.E2BIG, f"the extended attributes of {os.fsdecode(name)!r} are too large to be copied")
-        self.stream.put(
-            ops.Entry(
-                parent,
-                name,
-                known.id,
-                status.st_mode,
-                status.st_uid,
-                status.st_gid,
-                status.st_rdev,
-                status.st_size if regular else 0,
-                self.tree.readlink(known) if stat.S_ISLNK(status.st_mode) else b"",
-                xattrs,
-            )
-        )
         if parent:
             self._note_unsettled(parent)
             if known.lookups and (parent, name) not in known.names:
@@ -184,7 +158,7 @@ class Copier:
         names = self.tree.names(directory)
         for count, name in enumerate(names):
             if count % 16 == 0:
-                await self._pace()
+                await self.pace()
                 if directory.gone:
                     return
             try:
@@ -196,59 +170,22 @@ class Copier:
 
     async def _copy_file(self, known: Known) -> None:
         """Send the data of one file, its holes left out; whatever is written meanwhile is on the stream already."""
-        offset = 0
-        while not known.gone:
-            descriptor = self.tree.table.data(known)
-            try:
-                start = os.lseek(descriptor, offset, os.SEEK_DATA)
-                end = os.lseek(descriptor, start, os.SEEK_HOLE)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                return
-            data = await self._read(known, start, min(_PIECE, end - start))
-            if data:
-                self.stream.put(ops.CopyData(known.id, start, data))
-                self.bytes_done += len(data)
-            offset = start + max(len(data), 1)
-            await self._pace(len(data))
-
-    async def _read(self, known: Known, offset: int, size: int) -> bytes:
-        """Read a piece as it stands at this point of the stream: no await follows the read that counts."""
-        data = self.tree.read_cached(known, offset, size)
-        if data is not None:
-            return data
-        version = known.version
-        descriptor = self.tree.table.hold(known)
-        try:
-            data = await trio.to_thread.run_sync(os.pread, descriptor, size, offset)
-            # If it was written meanwhile it is in memory now, or soon is: read it here.
-            return data if known.version == version else os.pread(descriptor, size, offset)
-        finally:
-            self.tree.table.let_go(known)
-
-    async def _pace(self, cost: int = _ENTRY_COST) -> None:
-        """Leave room for the application: bound what is on its way, and give others their turn."""
-        self._on_the_way.append((self.stream.sent, cost))
-        self._on_the_way_bytes += cost
-        while self._on_the_way_bytes > _MAX_IN_FLIGHT and not self.stream.broken:
-            sequence, size = self._on_the_way.popleft()
-            await self.stream.applied(sequence)
-            self._on_the_way_bytes -= size
-        await trio.lowlevel.checkpoint()
+        await self.copy_range(known, 0, 1 << 63, holes=False)
 
 
-class Target:
+class Target(Maker):
     """The target's side: applies the copy and the live changes between it.
 
     `stale` holds, for each directory that was here before, the names that the source has not spoken of.
     """
 
     def __init__(self, tree: Tree, orphans: int) -> None:
-        self.tree = tree
+        super().__init__(tree, orphans)
         self.stale: dict[int, set[bytes]] = {}
-        self._orphans = orphans
-        self._count = 0
+
+    def handles(self, operation: ops.Operation) -> bool:
+        """Whether the operation is one of the resync: all are."""
+        return True
 
     def apply(self, change: ops.Operation) -> None:
         """Apply one operation of the stream while the copy runs; OSError if this node cannot hold it."""
@@ -256,7 +193,7 @@ class Target:
             case ops.Entry():
                 self._entry(change)
             case ops.CopyData():
-                self._copy_data(change)
+                self.copy_data(change)
             case ops.Vanish():
                 self._clear(change.parent, change.name, gone=change.gone)
             case ops.DirectoryDone():
@@ -265,11 +202,6 @@ class Target:
                 self.tree.apply(change)
             case _:
                 raise OSError(errno.EPROTO, f"{type(change).__name__} during a resync")
-
-    def _copy_data(self, change: ops.CopyData) -> None:
-        written = self.tree.apply(ops.Write(change.file, change.offset, change.data))
-        if written < len(change.data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _entry(self, entry: ops.Entry) -> None:
         if entry.file == ids.ROOT:
@@ -284,14 +216,14 @@ class Target:
             known = self._reuse_directory(entry)
         else:
             self._clear(entry.parent, entry.name)
-            known = self._make(entry)
+            known = self.make(entry)
         self.tree.table.pin(known)
 
     def _root(self, entry: ops.Entry) -> None:
         root = self.tree.table.get(ids.ROOT)
         self.tree.table.pin(root)
         self.stale[ids.ROOT] = set(self.tree.names(root))
-        self._attributes(root, entry)
+        self.attributes(root, entry)
 
     def _introduced_here(self, parent: int, name: bytes) -> Known | None:
         """The file that the source has put under this name. The ids of what was here before do not count."""
@@ -342,34 +274,8 @@ class Target:
         self.tree.table.unbind(entry.file)
         known = self.tree.table.add(entry.file, stat.S_IFDIR, descriptor)
         self.stale[entry.file] = set(self.tree.names(known))
-        self._attributes(known, entry)
+        self.attributes(known, entry)
         return known
-
-    def _make(self, entry: ops.Entry) -> Known:
-        self.tree.table.unbind(entry.file)
-        if stat.S_ISLNK(entry.mode):
-            known: Known = self.tree.apply(
-                ops.Symlink(entry.parent, entry.name, entry.file, entry.target, entry.uid, entry.gid)
-            )
-        else:
-            known = self.tree.apply(
-                ops.MakeNode(entry.parent, entry.name, entry.file, entry.mode, entry.uid, entry.gid, entry.rdev)
-            )
-            if entry.size:
-                self.tree.apply(ops.SetAttributes(entry.file, size=entry.size))
-        self._attributes(known, entry)
-        return known
-
-    def _attributes(self, known: Known, entry: ops.Entry) -> None:
-        wanted = dict(entry.xattrs)
-        for name in self.tree.xattrs(known):
-            if name not in wanted:
-                self.tree.apply(ops.RemoveXattr(known.id, name))
-        self.tree.apply(ops.SetAttributes(known.id, uid=entry.uid, gid=entry.gid))
-        if not stat.S_ISLNK(entry.mode):
-            self.tree.apply(ops.SetAttributes(known.id, mode=entry.mode))
-        for name, value in wanted.items():
-            self.tree.apply(ops.SetXattr(known.id, name, value))
 
     def _clear(self, parent: int, name: bytes, *, gone: bool = False) -> None:
         """Take away whatever stands under a name: what may still be needed waits in `orphans`."""
@@ -381,8 +287,7 @@ class Target:
         except FileNotFoundError:
             return
         if is_directory or (here is not None and not gone):
-            self._count += 1
-            os.rename(name, b"%d" % self._count, src_dir_fd=directory, dst_dir_fd=self._orphans)
+            self.set_aside(self.tree.table.get(parent), name)
         else:
             os.unlink(name, dir_fd=directory)
             if here is not None:
@@ -391,24 +296,3 @@ class Target:
     def _directory_done(self, number: int) -> None:
         for name in list(self.stale.pop(number, ())):
             self._clear(number, name)
-
-    async def clean_up(self) -> None:
-        """The copy is complete and a new era has begun: what waits in `orphans` goes, and what nobody needs in the table."""
-        for count, known in enumerate(self.tree.table.all()):
-            self.tree.table.drop_unused(known)
-            if count % 1000 == 999:
-                await trio.lowlevel.checkpoint()
-        try:
-            await trio.to_thread.run_sync(empty_orphans, self._orphans)
-        except OSError as error:
-            log.warning("cannot delete what the resync has set aside: %s", error)
-
-
-def empty_orphans(orphans: int) -> None:
-    """Delete what a resync has set aside. Blocks: call it from a worker thread."""
-    for name in os.listdir(orphans):
-        try:
-            os.unlink(name, dir_fd=orphans)
-        except IsADirectoryError:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(name, dir_fd=orphans)

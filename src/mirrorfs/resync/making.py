@@ -1,0 +1,87 @@
+"""What both kinds of resync do at the target: make files as the source has them, and set aside what is in their way."""
+
+import errno
+import logging
+import os
+import shutil
+import stat
+from contextlib import suppress
+
+import trio
+
+from mirrorfs.core import operations as ops
+from mirrorfs.table import Known
+from mirrorfs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+
+class Maker:
+    """Makes files, and moves others into `orphans`, a directory descriptor, under numbers from `count` on."""
+
+    def __init__(self, tree: Tree, orphans: int) -> None:
+        self.tree = tree
+        self.orphans = orphans
+        self.count = 0
+
+    def make(self, entry: ops.Entry) -> Known:
+        """Make a file that is not here."""
+        self.tree.table.unbind(entry.file)
+        if stat.S_ISLNK(entry.mode):
+            known: Known = self.tree.apply(
+                ops.Symlink(entry.parent, entry.name, entry.file, entry.target, entry.uid, entry.gid)
+            )
+        else:
+            known = self.tree.apply(
+                ops.MakeNode(entry.parent, entry.name, entry.file, entry.mode, entry.uid, entry.gid, entry.rdev)
+            )
+            if entry.size:
+                self.tree.apply(ops.SetAttributes(entry.file, size=entry.size))
+        self.attributes(known, entry)
+        return known
+
+    def attributes(self, known: Known, wanted: ops.Entry | ops.Refresh) -> None:
+        """Give a file the owner, mode and extended attributes that it has at the source."""
+        xattrs = dict(wanted.xattrs)
+        for name in self.tree.xattrs(known):
+            if name not in xattrs:
+                self.tree.apply(ops.RemoveXattr(known.id, name))
+        self.tree.apply(ops.SetAttributes(known.id, uid=wanted.uid, gid=wanted.gid))
+        if not stat.S_ISLNK(wanted.mode):
+            self.tree.apply(ops.SetAttributes(known.id, mode=wanted.mode))
+        for name, value in xattrs.items():
+            self.tree.apply(ops.SetXattr(known.id, name, value))
+
+    def copy_data(self, change: ops.CopyData) -> None:
+        """Put a piece of the copy into its file."""
+        written = self.tree.apply(ops.Write(change.file, change.offset, change.data))
+        if written < len(change.data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def set_aside(self, directory: Known, name: bytes) -> bytes:
+        """Move what stands under a name into `orphans`; returns its name there."""
+        self.count += 1
+        fresh = b"%d" % self.count
+        os.rename(name, fresh, src_dir_fd=self.tree.table.descriptor(directory), dst_dir_fd=self.orphans)
+        return fresh
+
+    async def clean_up(self) -> None:
+        """The resync is complete and a new era has begun: what waits in `orphans` goes, and what nobody needs in the table."""
+        for count, known in enumerate(self.tree.table.all()):
+            self.tree.table.drop_unused(known)
+            if count % 1000 == 999:
+                await trio.lowlevel.checkpoint()
+        try:
+            await trio.to_thread.run_sync(empty_orphans, self.orphans)
+        except OSError as error:
+            log.warning("cannot delete what the resync has set aside: %s", error)
+
+
+def empty_orphans(orphans: int) -> None:
+    """Delete what a resync has set aside. Blocks: call it from a worker thread."""
+    for name in os.listdir(orphans):
+        try:
+            os.unlink(name, dir_fd=orphans)
+        except IsADirectoryError:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(name, dir_fd=orphans)

@@ -1,0 +1,173 @@
+"""The target's side of a quick resync; what it does is told in `quick`.
+
+A file that stands where the source has another is moved aside into `orphans` and is known by its id from then on, until an
+`Entry` places it again. So nothing is lost if the link breaks in between: the next quick resync begins with what is in
+`orphans`.
+"""
+
+import errno
+import logging
+import os
+import stat
+from typing import Final
+
+from mirrorfs import backing
+from mirrorfs.core import ids
+from mirrorfs.core import operations as ops
+from mirrorfs.core.dirty import BLOCK
+from mirrorfs.resync.making import Maker
+from mirrorfs.table import Known
+from mirrorfs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+_COPY: Final = (ops.Gather, ops.Gathered, ops.Entry, ops.NamesEqual, ops.Refresh, ops.CopyData, ops.CopyHole)
+
+
+class Returning(Maker):
+    """Applies a quick resync. `lacked` are files that were made because they were not here, since it was last emptied."""
+
+    def __init__(self, tree: Tree, orphans: int) -> None:
+        super().__init__(tree, orphans)
+        self.live = False
+        self.lacked: list[int] = []
+        self._here: set[int] = set()
+        self._aside: dict[int, list[bytes]] = {}
+        self._waiting: dict[int, list[ops.Gather | ops.Introduce]] = {}
+        self._spoken: dict[int, set[bytes]] = {}
+        self._found(tree.table.get(ids.ROOT))
+        self._take_up_orphans()
+
+    def handles(self, operation: ops.Operation) -> bool:
+        """Whether the operation is one of the resync; the others are a standby's."""
+        return isinstance(operation, _COPY) or (isinstance(operation, ops.Introduce) and not self.live)
+
+    def apply(self, operation: ops.Operation) -> None:
+        """Apply one operation of the resync; OSError if this node cannot hold it."""
+        match operation:
+            case ops.Introduce():
+                self._hint(operation)
+            case ops.Gather():
+                self._gather(operation)
+            case ops.Gathered():
+                self._waiting.clear()  # of directories that were never here
+                self._spoken.clear()
+            case ops.Entry():
+                self._entry(operation)
+            case ops.NamesEqual():
+                self.live = True
+            case ops.Refresh():
+                self._refresh(operation)
+            case ops.CopyData():
+                self.copy_data(operation)
+            case ops.CopyHole():
+                self._copy_hole(operation)
+            case _:
+                raise OSError(errno.EPROTO, f"{type(operation).__name__} during a quick resync")
+
+    # ---- names
+
+    def _take_up_orphans(self) -> None:
+        """What an interrupted quick resync has set aside waits there still."""
+        names = sorted(os.listdir(self.orphans), key=lambda name: (len(name), name))
+        for name in map(os.fsencode, names):
+            self.count = max(self.count, int(name) if name.isdigit() else 0)
+            known = self.tree.look_at(self.orphans, name)
+            self._aside.setdefault(known.id, []).append(name)
+            self._found(known)
+
+    def _found(self, known: Known) -> None:
+        """A file that may have to be placed, or a directory that is spoken of: it stays known by its id."""
+        self.tree.table.pin(known)
+        if known.id in self._here:
+            return
+        self._here.add(known.id)
+        for waiting in self._waiting.pop(known.id, ()):
+            self.apply(waiting)
+
+    def _hint(self, hint: ops.Introduce) -> None:
+        """The source has this directory there; if it stands there here too, it is found."""
+        if hint.file in self._here:
+            return
+        if hint.parent not in self._here:
+            self._waiting.setdefault(hint.parent, []).append(hint)
+            return
+        parent = self.tree.table.get(hint.parent)
+        if self.tree.holds(parent, hint.name, hint.file):
+            self._found(self.tree.lookup(hint.parent, hint.name))
+
+    def _gather(self, gather: ops.Gather) -> None:
+        if gather.directory not in self._here:
+            self._waiting.setdefault(gather.directory, []).append(gather)
+            return
+        directory = self.tree.table.get(gather.directory)
+        for name, file in gather.names:
+            here = self._look(directory, name)
+            if here is None:
+                continue
+            if here.id != file:
+                self._set_aside(directory, name, here)
+            elif here.is_directory:
+                self._found(here)
+            self.tree.table.drop_unused(here)
+        if gather.complete:
+            spoken = self._spoken.setdefault(gather.directory, set())
+            spoken.update(name for name, _ in gather.names)
+            if gather.last:
+                del self._spoken[gather.directory]
+                for name in self.tree.names(directory):
+                    here = None if name in spoken else self._look(directory, name)
+                    if here is not None:
+                        self._set_aside(directory, name, here)
+
+    def _look(self, directory: Known, name: bytes) -> Known | None:
+        try:
+            return self.tree.lookup(directory.id, name)
+        except FileNotFoundError:
+            return None
+
+    def _set_aside(self, directory: Known, name: bytes, known: Known) -> None:
+        fresh = self.set_aside(directory, name)
+        self._aside.setdefault(known.id, []).append(fresh)
+        self._found(known)
+
+    def _entry(self, entry: ops.Entry) -> None:
+        directory = self.tree.table.get(entry.parent)
+        here = self._look(directory, entry.name)
+        if here is not None and here.id == entry.file:
+            self._found(here)
+            return
+        if here is not None:
+            self._set_aside(directory, entry.name, here)
+        if entry.file in self._here:
+            self._place(self.tree.table.get(entry.file), directory, entry)
+        else:
+            self.lacked.append(entry.file)
+            self._found(self.make(entry))
+
+    def _place(self, known: Known, directory: Known, entry: ops.Entry) -> None:
+        """A file that is here gets the name: from aside if it waits there, else it has other names and gets one more."""
+        aside = self._aside.get(known.id)
+        if aside:
+            target = self.tree.table.descriptor(directory)
+            os.rename(aside.pop(), entry.name, src_dir_fd=self.orphans, dst_dir_fd=target)
+        elif known.is_directory:
+            raise OSError(errno.EPROTO, f"directory {known.id:x} stands elsewhere")
+        else:
+            self.tree.apply(ops.Link(known.id, entry.parent, entry.name))
+
+    # ---- data
+
+    def _refresh(self, refresh: ops.Refresh) -> None:
+        known = self.tree.table.get(refresh.file)
+        self.attributes(known, refresh)
+        if stat.S_ISREG(refresh.mode):
+            self.tree.apply(ops.SetAttributes(known.id, size=refresh.size))
+
+    def _copy_hole(self, hole: ops.CopyHole) -> None:
+        known = self.tree.table.get(hole.file)
+        known.version += 1
+        end = hole.offset + hole.size
+        if end >= self.tree.stat(known).st_size:
+            end += -end % BLOCK  # or the last block would stay, with zeros in it
+        backing.punch_hole(self.tree.table.data(known), hole.offset, end - hole.offset)

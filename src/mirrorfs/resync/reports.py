@@ -1,0 +1,119 @@
+"""What a returning node says of its own dirty set: marks, and the way to each marked file as it stands or stood here."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pyroaring import BitMap64
+
+from mirrorfs.core import ids
+from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation
+from mirrorfs.errors import ProtocolError
+from mirrorfs.tree import Tree
+
+_MAX_NAMES: Final = 1000
+_MAX_BLOCKS_SIZE: Final = 64 << 10
+_PER_FRAME: Final = 200
+_DEPTH: Final = 4096
+
+#: A file and the directory entry by which the reporting node knows it.
+Step = tuple[int, int, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The marks of the other node, and for each marked file and the directories above it, where that node has it."""
+
+    marks: Generation
+    places: dict[int, tuple[int, bytes]]
+
+
+def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
+    """The report as messages of bounded size, for msgpack."""
+    told: set[int] = {ids.ROOT}
+    items: list[Any] = []
+    marks = dirty.all()
+    for directory, names in marks.names.items():
+        exact = None if names is None or len(names) > _MAX_NAMES else sorted(names)
+        items.append([_way(directory, dirty, tree, told), directory, exact])
+        if len(items) >= _PER_FRAME or (exact and len(exact) > 100):
+            yield items
+            items = []
+    for file, changed in marks.files.items():
+        items.append([_way(file, dirty, tree, told), file, *_pack_file(changed)])
+        if len(items) >= _PER_FRAME or len(items[-1][2]) > 1000:
+            yield items
+            items = []
+    if items:
+        yield items
+
+
+def _pack_file(marks: FileMarks) -> tuple[bytes, bytes, int]:
+    blocks = marks.blocks.serialize()
+    if len(blocks) <= _MAX_BLOCKS_SIZE:
+        return blocks, marks.extents.serialize(), marks.tail
+    coarse = BitMap64(marks.extents)
+    per_extent = EXTENT // 4096
+    for block in marks.blocks:
+        coarse.add(block // per_extent)
+    return BitMap64().serialize(), coarse.serialize(), marks.tail
+
+
+def _way(number: int, dirty: DirtySet, tree: Tree, told: set[int]) -> list[Step]:
+    """The steps that lead to a file, from below, up to one that was told already."""
+    steps: list[Step] = []
+    while number not in told and len(steps) < _DEPTH:
+        told.add(number)
+        place = _place(number, dirty, tree)
+        if place is None:
+            break
+        steps.append((number, *place))
+        number = place[0]
+    return steps
+
+
+def _place(number: int, dirty: DirtySet, tree: Tree) -> tuple[int, bytes] | None:
+    located = dirty.located.get(number)
+    if located is not None and located.parent:
+        above = tree.find(located.parent, located.parent_handle)
+        if above is not None and tree.holds(above, located.name, number):
+            return located.parent, located.name
+    known = tree.find(number, located.handle if located else b"")
+    if known is not None:
+        try:
+            return tree.place_of(known)
+        except OSError:
+            pass  # gone, or known by no name
+        finally:
+            tree.table.drop_unused(known)
+    return (located.parent, located.name) if located is not None and located.parent else None
+
+
+def unpack(messages: Iterable[Any]) -> Report:
+    """The report in these messages; ProtocolError if they are none."""
+    marks, places = Generation(), {}
+    try:
+        for items in messages:
+            for way, number, *content in items:
+                for file, parent, name in way:
+                    places[_id(file)] = (_id(parent), bytes(name))
+                if len(content) == 1:
+                    (names,) = content
+                    mine = marks.names.setdefault(_id(number), set())
+                    marks.names[number] = None if names is None or mine is None else mine | set(map(bytes, names))
+                else:
+                    blocks, extents, tail = content
+                    changed = FileMarks()
+                    changed.blocks = BitMap64.deserialize(blocks)
+                    changed.extents = BitMap64.deserialize(extents)
+                    changed.tail = min(int(tail), END)
+                    marks.file(_id(number)).add(changed)
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"a malformed HOT: {error}") from error
+    return Report(marks, places)
+
+
+def _id(value: Any) -> int:
+    if not isinstance(value, int) or not 0 < value < 1 << 63:
+        raise ValueError(f"{value!r} is no file id")
+    return value

@@ -1,0 +1,140 @@
+"""What both kinds of resync do at the source: entries and data as they stand at this point of the stream, paced."""
+
+import errno
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+import trio
+
+from mirrorfs.core import operations as ops
+from mirrorfs.stream import Stream
+from mirrorfs.table import Known
+from mirrorfs.tree import Tree
+
+_PIECE: Final = 512 << 10
+#: What may be on its way at once: a live change waits behind no more than this.
+_MAX_IN_FLIGHT: Final = 4 << 20
+ENTRY_COST: Final = 4 << 10
+_MAX_XATTRS: Final = 3 << 20
+
+
+class Sender:
+    """Sends what stands in the tree, never more at once than the application can wait for.
+
+    A piece of data is what stands in the file at that point of the stream: no `await` between the read that counts and `put`.
+    """
+
+    def __init__(self, tree: Tree, stream: Stream) -> None:
+        self.tree = tree
+        self.stream = stream
+        self.files_done = self.bytes_done = 0
+        self.files_found = self.bytes_found = 0
+        self._began = trio.current_time()
+        self._on_the_way: deque[tuple[int, int]] = deque()
+        self._on_the_way_bytes = 0
+
+    @property
+    def bytes_left(self) -> int:
+        """How much is still to be sent or compared, as far as is known yet."""
+        return max(self.bytes_found - self.bytes_done, 0)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second since the beginning."""
+        return self.bytes_done / max(trio.current_time() - self._began, 0.001)
+
+    def xattrs_of(self, known: Known) -> tuple[tuple[bytes, bytes], ...]:
+        """The extended attributes of a file; E2BIG if they do not fit into one message."""
+        xattrs = tuple((key, self.tree.xattr(known, key)) for key in self.tree.xattrs(known))
+        if sum(len(key) + len(value) for key, value in xattrs) > _MAX_XATTRS:
+            raise OSError(errno.E2BIG, f"the extended attributes of file {known.id:x} are too large to be copied")
+        return xattrs
+
+    def put_entry(self, parent: int, name: bytes, known: Known, xattrs: tuple[tuple[bytes, bytes], ...]) -> os.stat_result:
+        """Send what stands under a name; returns the file's status."""
+        status = self.tree.stat(known)
+        self.stream.put(
+            ops.Entry(
+                parent,
+                name,
+                known.id,
+                status.st_mode,
+                status.st_uid,
+                status.st_gid,
+                status.st_rdev,
+                status.st_size if stat.S_ISREG(status.st_mode) else 0,
+                self.tree.readlink(known) if stat.S_ISLNK(status.st_mode) else b"",
+                xattrs,
+            )
+        )
+        return status
+
+    async def copy_range(self, known: Known, start: int, end: int, *, holes: bool) -> None:
+        """Send the data between two offsets, and with `holes` where none is; what is written meanwhile is on the stream."""
+        offset, at_once_next = start, False
+        while offset < end and not known.gone:
+            length = self.tree.stat(known).st_size
+            found = next(segments(self.tree.table.data(known), offset, min(end, length)), None)
+            if found is None:
+                return
+            is_data, first, last = found
+            if not is_data:
+                if holes:
+                    self.stream.put(ops.CopyHole(known.id, first, last - first))
+                    await self.pace()
+                offset = last
+                continue
+            size, at_once = min(_PIECE, last - first), at_once_next
+            data, at_once_next = await self._read(known, first, size, at_once), False
+            if data is None:
+                at_once_next = True  # the segments may be others now; they are in memory, since they were just written
+                continue
+            if data:
+                self.stream.put(ops.CopyData(known.id, first, data))
+                self.bytes_done += len(data)
+            offset = first + max(len(data), 1)
+            await self.pace(len(data))
+
+    async def _read(self, known: Known, offset: int, size: int, at_once: bool) -> bytes | None:
+        """Read a piece as it stands at this point of the stream; None if the file was written while a disk was waited for."""
+        data = self.tree.read_cached(known, offset, size)
+        if data is not None or at_once:
+            return os.pread(self.tree.table.data(known), size, offset) if data is None else data
+        version = known.version
+        descriptor = self.tree.table.hold(known)
+        try:
+            data = await trio.to_thread.run_sync(os.pread, descriptor, size, offset)
+            return data if known.version == version else None
+        finally:
+            self.tree.table.let_go(known)
+
+    async def pace(self, cost: int = ENTRY_COST) -> None:
+        """Leave room for the application: bound what is on its way, and give others their turn."""
+        self._on_the_way.append((self.stream.sent, cost))
+        self._on_the_way_bytes += cost
+        while self._on_the_way_bytes > _MAX_IN_FLIGHT and not self.stream.broken:
+            sequence, size = self._on_the_way.popleft()
+            await self.stream.applied(sequence)
+            self._on_the_way_bytes -= size
+        await trio.lowlevel.checkpoint()
+
+
+def segments(descriptor: int, start: int, end: int) -> Iterator[tuple[bool, int, int]]:
+    """Data (True) and holes of a file between two offsets: (is data, first, last)."""
+    while start < end:
+        try:
+            data = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            data = end
+        if data > start:
+            yield False, start, min(data, end)
+            start = data
+            continue
+        stop = min(os.lseek(descriptor, start, os.SEEK_HOLE), end)
+        yield True, start, stop
+        start = stop

@@ -1,0 +1,262 @@
+"""Power loss at random moments: what was fsynced is there, on the node that was hit too, and both trees become equal again.
+
+`MIRRORFS_POWER_CUTS=200 python -m pytest -s tests/pair/test_power_loss.py` is the full run: fifty cuts for each of the four
+tests under load. Without the variable it is two for each.
+
+How a cut is made, and what it takes, stands in `mirrorfs.lab.disks`. Nothing can be acknowledged after it, so everything that
+the writers have noted counts: all of it on a node that was not hit, what was synced on one that was.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mirrorfs.errors import ConfirmationNeededError, RefusedError
+from mirrorfs.journal import Journal
+from mirrorfs.lab.disks import PowerDisks
+from mirrorfs.lab.pair import Host, Lab
+from tests.pair.support import (
+    DURABLE_KINDS,
+    WRITER_KINDS,
+    Load,
+    other,
+    seeded,
+    start_mirrored,
+    status,
+    tree_differences,
+    wait_peer_lost,
+    wait_state,
+)
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(shutil.which("mkfs.xfs") is None, reason="needs xfsprogs"),
+]
+
+CUTS = max(1, int(os.environ.get("MIRRORFS_POWER_CUTS") or "8") // 4)
+KINDS = tuple(dict.fromkeys(WRITER_KINDS + DURABLE_KINDS))
+
+StartLoad = Callable[..., Load]
+
+
+@pytest.fixture
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A mirrored pair on disks of their own, that misses its peer after a second of silence."""
+    with Lab.create(tmp_path_factory.mktemp("lab"), options={"ack_timeout": "1s"}) as lab:
+        PowerDisks.create(lab)
+        start_mirrored(lab)
+        yield lab
+
+
+@pytest.fixture
+def disks(lab: Lab) -> PowerDisks:
+    """Where the power of the pair's hosts can be cut."""
+    return PowerDisks(lab)
+
+
+def _cut(disks: PowerDisks, load: Load, *hosts: Host) -> None:
+    """Cut the power of the node that the load writes to, and perhaps of the other one; the writers end with the mount."""
+    disks.cut_power(*hosts)
+    errors = load.ended()
+    assert set(errors) <= {"ECONNABORTED", "ENOTCONN", "EIO"}, errors
+
+
+def _boots(host: Host) -> set[str]:
+    """The boots of the members of the in-sync set, as the host has them on its disk."""
+    epoch = Journal(host.state_dir).load().epoch
+    assert epoch is not None
+    return {member.boot for member in epoch.in_sync}
+
+
+class _Count:
+    """What all the cuts of one test come to."""
+
+    def __init__(self) -> None:
+        self.cuts = self.synced = self.acknowledged = self.felt = 0
+
+    def add(self, *loads: Load, lost: list[str] | None = None) -> None:
+        """One more cut under these loads, and what it took of the changes that were acknowledged and not fsynced."""
+        self.cuts += 1
+        self.felt += bool(lost)
+        for load in loads:
+            self.synced += load.noted(DURABLE_KINDS)
+            self.acknowledged += load.noted()
+
+    def __str__(self) -> str:
+        lost = f"; {self.felt} cuts took something that was not fsynced" if self.felt else ""
+        return f"{self.cuts} power cuts, {self.acknowledged} acknowledged changes, {self.synced} fsynced, none missing{lost}"
+
+
+def _settle(lab: Lab, cut: int, *loads: Load) -> None:
+    """Both nodes are mirrored again: equal, everything synced is on both. Room for the next cut is made."""
+    assert tree_differences(lab) == [], f"after cut {cut}"
+    primary = lab.primary()
+    assert primary is not None
+    for load in loads:
+        for host in lab.hosts.values():
+            assert load.missing(host.backing, DURABLE_KINDS) == [], f"on {host.name} after cut {cut}"
+        shutil.rmtree(primary.mount / load.name)
+    for host in lab.hosts.values():
+        assert "a defect in" not in host.log.read_text(), host.log_tail()
+
+
+# ---- under load
+
+
+def test_power_loss_of_the_primary_loses_nothing_acknowledged(lab: Lab, disks: PowerDisks, start_load: StartLoad) -> None:
+    chance = seeded("power loss of the primary")
+    count = _Count()
+    primary = lab.one
+    for cut in range(CUTS):
+        standby = other(lab, primary)
+        load = start_load(primary.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
+        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+        _cut(disks, load, primary)
+        wait_peer_lost(standby)
+        standby.promote(yes=True)
+        assert load.missing(standby.mount) == [], f"missing after cut {cut}"
+
+        meanwhile = start_load(standby.mount, f"meanwhile-{cut}", seed=cut, kinds=KINDS)
+        meanwhile.wait_noted(30)
+        disks.power_on(primary)
+        assert load.missing(primary.backing, DURABLE_KINDS) == [], f"missing on its disk after cut {cut}"
+        primary.start()
+        lab.wait_mirrored()
+        assert lab.primary() is standby, "the old primary follows"
+        meanwhile.wait_noted(30)
+        assert meanwhile.stop() == [""] * len(meanwhile.notes), "the return of a node is not felt by applications"
+        count.add(load, meanwhile)
+        _settle(lab, cut, load, meanwhile)
+        primary = standby
+    print(f"primary: {count}")
+
+
+def test_power_loss_of_the_standby_is_not_felt_and_it_becomes_equal_again(
+    lab: Lab, disks: PowerDisks, start_load: StartLoad
+) -> None:
+    chance = seeded("power loss of the standby")
+    count = _Count()
+    for cut in range(CUTS):
+        load = start_load(lab.one.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
+        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+        disks.cut_power(lab.two)
+        wait_state(lab.one, "solo")
+        load.wait_noted(chance.randrange(10, 100), DURABLE_KINDS)
+        disks.power_on(lab.two)
+        lab.two.start()
+        lab.wait_mirrored()
+        assert lab.primary() is lab.one
+        load.wait_noted(30)
+        assert load.stop() == [""] * len(load.notes)
+        assert load.missing(lab.one.mount) == []
+        assert load.missing(lab.two.backing) == []
+        count.add(load)
+        _settle(lab, cut, load)
+    print(f"standby: {count}")
+
+
+def test_power_loss_of_both_at_once_loses_nothing_fsynced_and_the_last_primary_resumes(
+    lab: Lab, disks: PowerDisks, start_load: StartLoad
+) -> None:
+    chance = seeded("power loss of both")
+    count = _Count()
+    primary = lab.one
+    for cut in range(CUTS):
+        load = start_load(primary.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
+        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+        _cut(disks, load, *chance.sample([lab.one, lab.two], 2))  # a millisecond lies between the two disks
+        disks.power_on(lab.one, lab.two)
+        for host in lab.hosts.values():  # before one of them can mend the other
+            assert load.missing(host.backing, DURABLE_KINDS) == [], f"missing on the disk of {host.name} after cut {cut}"
+        for host in chance.sample(list(lab.hosts.values()), 2):
+            host.start()
+        lab.wait_mirrored()
+        assert lab.primary() is primary, "they find out by themselves who serves"
+        assert load.missing(primary.mount, DURABLE_KINDS) == [], f"missing after cut {cut}"
+        count.add(load, lost=load.missing(primary.mount))
+        _settle(lab, cut, load)
+        if chance.random() < 0.5:
+            primary = other(lab, primary)
+            primary.promote()
+            lab.wait_mirrored()
+    print(f"both: {count}")
+
+
+def test_power_loss_of_a_primary_that_is_alone_loses_nothing_fsynced(
+    lab: Lab, disks: PowerDisks, start_load: StartLoad
+) -> None:
+    chance = seeded("power loss of a primary that is alone")
+    count = _Count()
+    for cut in range(CUTS):
+        lab.two.stop()
+        wait_state(lab.one, "solo")
+        load = start_load(lab.one.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
+        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+        _cut(disks, load, lab.one)
+        disks.power_on(lab.one)
+        lab.one.start()
+        if cut % 2:
+            lab.two.start()  # now it is known that nobody else went on
+        else:
+            with pytest.raises(ConfirmationNeededError, match="cannot be reached"):
+                lab.one.promote()
+            lab.one.promote(yes=True)
+            assert load.missing(lab.one.mount, DURABLE_KINDS) == [], f"missing after cut {cut}"
+            lab.two.start()
+        lab.wait_mirrored()
+        assert lab.primary() is lab.one
+        assert load.missing(lab.one.mount, DURABLE_KINDS) == [], f"missing after cut {cut}"
+        count.add(load, lost=load.missing(lab.one.mount))
+        _settle(lab, cut, load)
+    print(f"alone: {count}")
+
+
+def test_what_a_standby_was_given_when_it_returned_is_on_its_disk_once_it_is_in_sync(
+    lab: Lab, disks: PowerDisks, start_load: StartLoad
+) -> None:
+    disks.cut_power(lab.two)
+    wait_state(lab.one, "solo")
+    load = start_load(lab.one.mount, kinds=KINDS)
+    load.wait_noted(100, DURABLE_KINDS)
+    assert load.stop() == [""] * len(load.notes)
+    disks.power_on(lab.two)
+    lab.two.start()
+    lab.wait_mirrored()
+    disks.cut_power(lab.two)
+    disks.power_on(lab.two)
+    assert load.missing(lab.two.backing, DURABLE_KINDS) == []
+
+
+# ---- what is lost
+
+
+def test_what_was_not_fsynced_is_lost_when_both_nodes_lose_power(lab: Lab, disks: PowerDisks) -> None:
+    (lab.one.mount / "not").write_bytes(b"in memory" * 1000)
+    with open(lab.one.mount / "fsynced", "wb") as file:
+        file.write(b"on both disks" * 1000)
+        file.flush()
+        os.fsync(file.fileno())
+    (lab.one.mount / "not").write_bytes(b"in memory" * 2000)
+    disks.cut_power(lab.one, lab.two)
+    disks.power_on(lab.one, lab.two)
+    for host in lab.hosts.values():
+        assert (host.backing / "fsynced").read_bytes() == b"on both disks" * 1000
+        assert (host.backing / "not").read_bytes() != b"in memory" * 2000, "or the tests above show nothing"
+
+
+def test_a_standby_that_lost_its_memory_is_not_promoted_without_force(lab: Lab, disks: PowerDisks) -> None:
+    with open(lab.one.mount / "file", "wb", buffering=0) as file:
+        file.write(b"fsynced")
+        os.fsync(file.fileno())
+    before = _boots(lab.two)
+    disks.cut_power(lab.one, lab.two)
+    disks.power_on(lab.two)
+    lab.two.start()
+    with pytest.raises(RefusedError, match="restarted while it was in sync"):
+        lab.two.promote(yes=True)
+    lab.two.promote(force=True)
+    assert (lab.two.mount / "file").read_bytes() == b"fsynced"
+    assert status(lab.two)["state"] == "solo"
+    assert not before & _boots(lab.two)
