@@ -102,6 +102,11 @@ class Tree:
         except (OSError, ValueError):
             return 0
 
+    @property
+    def root(self) -> int:
+        """The descriptor of its root directory."""
+        return self._root
+
     def note_checkpoint(self, number: int) -> None:
         """Note a checkpoint in the root, just before the sync that makes it one."""
         os.setxattr(self._root, CHECKPOINT_XATTR, b"%d" % number)
@@ -194,12 +199,14 @@ class Tree:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def holds(self, parent: Known, name: bytes, number: int) -> bool:
-        """Whether the name in that directory leads to the file with this id."""
+        """Whether the name in that directory leads to the file with this id. Nothing that was known is dropped by looking."""
+        before = len(self.table)
         try:
             found = self.lookup(parent.id, name)
         except OSError:
             return False
-        self.table.drop_unused(found)
+        if len(self.table) > before:
+            self.table.drop_unused(found)
         return found.id == number
 
     def place_of(self, known: Known) -> tuple[int, bytes]:

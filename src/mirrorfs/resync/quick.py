@@ -18,6 +18,7 @@ import logging
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -29,6 +30,7 @@ from mirrorfs.core.wire import Frame
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.resync.hashes import COMPARED, HASH_SIZE, hashes
 from mirrorfs.resync.reports import Report
+from mirrorfs.resync.search import find_names
 from mirrorfs.resync.sending import Sender
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
@@ -296,6 +298,23 @@ class CatchUp(Sender):
             raise CannotCatchUpError(f"no name is known of file {number:x}, which may differ: a full copy follows")
         return None
 
+    async def _search_names(self) -> None:
+        """Find names of files that have lost all that were known, by reading all directories."""
+        wanted: dict[int, int] = {}
+        for number in self._work.files:
+            located = self._located.get(number)
+            known = self.tree.find(number, located.handle if located else b"")
+            if known is not None and not known.is_directory:
+                wanted[self.tree.stat(known).st_ino] = number
+                self.tree.table.drop_unused(known)
+        for inode, hits in (await trio.to_thread.run_sync(find_names, self.tree.root, wanted.keys())).items():
+            for way, name in hits:
+                with suppress(OSError):  # moved since
+                    parent = ids.ROOT
+                    for step in way:
+                        parent = self.tree.lookup(parent, step).id
+                    self._places.setdefault(wanted[inode], []).append((parent, name))
+
     def _hold(self, known: Known) -> None:
         known.kept += 1
         self._held.append(known)
@@ -313,7 +332,11 @@ class CatchUp(Sender):
         if number == ids.ROOT:
             known = self.tree.table.get(ids.ROOT)
         else:
-            found = self._find(number)
+            try:
+                found = self._find(number)
+            except CannotCatchUpError:
+                await self._search_names()
+                found = self._find(number)
             if found is None:
                 del self._work.files[number]
                 return
