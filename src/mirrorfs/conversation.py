@@ -201,7 +201,14 @@ class Conversation:
             return
         self._link.send_message(Kind.JOIN, epochs.pack_record(node.keeper.record))
         took_s = time.monotonic() - started
-        log.info("%s: %d files, %d bytes copied in %.1f s", theirs.node, copier.files_done, copier.bytes_done, took_s)
+        log.info(
+            "%s: %d files, %d bytes copied, %d bytes compared in %.1f s",
+            theirs.node,
+            copier.files_done,
+            copier.bytes_sent,
+            copier.bytes_compared,
+            took_s,
+        )
 
     # ---- the target's side
 

@@ -20,6 +20,7 @@ def describe(node: Node) -> dict[str, Any]:
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(node.since)),
         "reason": node.split_brain or node.reason,
         "dirty_bytes": node.activity.dirty.dirty_bytes,
+        "dirty_names": node.activity.dirty.dirty_names,
         "peer": _peer(node),
         "open_files": node.operations.open_files,
     }

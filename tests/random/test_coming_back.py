@@ -147,4 +147,6 @@ def test_both_trees_become_equal_after_every_return(tmp_path: Path, seed: int) -
         alarms = [line for line in logs.splitlines() if " ERROR " in line]
         assert alarms == []
         assert logs.count("by a full copy") == 1, "only the first copy was a full one"
-        print(f"seed {seed}: {RETURNS // 2} losses and returns, {logs.count('by what may differ')} quick resyncs, equal each time")
+        print(
+            f"seed {seed}: {RETURNS // 2} losses and returns, {logs.count('by what may differ')} quick resyncs, equal each time"
+        )

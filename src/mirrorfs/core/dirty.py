@@ -448,6 +448,11 @@ class DirtySet:
         """Bytes in dirty blocks and in extents that have to be compared; new files are not counted."""
         return sum(marks.estimated_bytes for generation in (self.old, self.now) for marks in generation.files.values())
 
+    @property
+    def dirty_names(self) -> int:
+        """Changed names; a directory of which all may have changed counts as one."""
+        return sum(len(names or (b"",)) for generation in (self.old, self.now) for names in generation.names.values())
+
 
 def is_quick(source: Head, target: Head) -> bool:
     """Whether the two sets together hold all that may differ between the nodes that they are of.

@@ -89,7 +89,6 @@ class CatchUp(Sender):
         self._lacked: set[int] = set()
         self._held: list[Known] = []
         self._compared: dict[int, tuple[trio.Event, list[bytes]]] = {}
-        self.bytes_compared = 0
 
     def tells(self, change: ops.Change) -> bool:
         """Whether the target is told of a live change as it is. If not, `note` marks what it changes: it is brought over

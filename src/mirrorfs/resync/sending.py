@@ -31,6 +31,7 @@ class Sender:
         self.tree = tree
         self.stream = stream
         self.files_done = self.bytes_done = 0
+        self.bytes_sent = self.bytes_compared = 0
         self.files_found = self.bytes_found = 0
         self._began = trio.current_time()
         self._on_the_way: deque[tuple[int, int]] = deque()
@@ -95,6 +96,7 @@ class Sender:
             if data:
                 self.stream.put(ops.CopyData(known.id, first, data))
                 self.bytes_done += len(data)
+                self.bytes_sent += len(data)
             offset = first + max(len(data), 1)
             await self.pace(len(data))
 
