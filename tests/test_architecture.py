@@ -30,6 +30,7 @@ ORDER = [
     "marking",
     "checkpoint",
     "activity",
+    "lost",
     "resync",
     "stream",
     "peer",

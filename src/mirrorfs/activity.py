@@ -48,8 +48,8 @@ class Activity:
             return
         if head.volume_id != volume_id:
             self.dirty = DirtySet(Head())
-        elif noted not in (head.number, head.number + 1):
-            # One more: the node ended between the note in the tree and that in the log.
+        elif not head.number <= noted <= head.number + 2:
+            # More: the node ended between the note in the tree and that in the log, and the peer may have been one ahead.
             log.error(
                 "the directory is at checkpoint %d, its journal at %d: one of them was restored from a backup or a snapshot; "
                 "the nodes will be compared in full",

@@ -2,7 +2,7 @@
 
 In place, the files of PATH live in `PATH/.mirrorfs/tree`, and PATH itself is made immutable: without a mount, an application
 finds an empty directory that it cannot write. With a `backing` directory they live in `BACKING/tree`. Beside `tree` stand
-`orphans` (what a resync takes away, until it is deleted) and `lock`.
+`orphans` (what a resync takes away, until it is deleted), `lost` (versions of files that are kept aside) and `lock`.
 """
 
 import array
@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mirrorfs.errors import MirrorfsError
 log = logging.getLogger(__name__)
 
 HIDDEN: Final = ".mirrorfs"
+_ROOMS: Final = ("tree", "orphans", "lost")
 _FS_IOC_GETFLAGS: Final = 0x80086601
 _FS_IOC_SETFLAGS: Final = 0x40086602
 _FS_IMMUTABLE_FL: Final = 0x10
@@ -167,11 +169,12 @@ class Backing:
     base: Path
     tree: int
     orphans: int
+    lost: int
     lock: int
 
     def close(self) -> None:
         """Give the lock and the descriptors back."""
-        for descriptor in (self.tree, self.orphans, self.lock):
+        for descriptor in (self.tree, self.orphans, self.lost, self.lock):
             os.close(descriptor)
 
 
@@ -225,7 +228,7 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
             raise MirrorfsError(f"{base}: cannot be made: {error.strerror}") from error
     lock = _lock(base, path)
     try:
-        for room in ("tree", "orphans"):
+        for room in _ROOMS:
             (base / room).mkdir(mode=0o700, exist_ok=True)
         if backing is None:
             _move_entries(path, base)
@@ -235,7 +238,8 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
         _probe(base / "tree")
         _close_path(path, base)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        return Backing(base, os.open(base / "tree", flags), os.open(base / "orphans", flags), lock)
+        tree, orphans, lost = (os.open(base / room, flags) for room in _ROOMS)
+        return Backing(base, tree, orphans, lost, lock)
     except OSError as error:
         os.close(lock)
         raise MirrorfsError(f"{path}: cannot be adopted: {error.strerror}") from error
@@ -322,6 +326,11 @@ def release(path: Path, backing: Path | None = None) -> None:
 def _release_in_place(path: Path, base: Path) -> None:
     if (base / "orphans").is_dir() and os.listdir(base / "orphans"):
         raise MirrorfsError(f"{base / 'orphans'}: not empty: a resync was interrupted; delete what is in it first")
+    if (base / "lost").is_dir() and any(name.isdigit() for name in os.listdir(base / "lost")):
+        raise MirrorfsError(
+            f"{base / 'lost'}: versions of files are kept there: `mirrorfs lost export --all DEST` if they are needed, then "
+            "`mirrorfs lost drop --all`"
+        )
     top, tree = os.fsencode(path), os.fsencode(base / "tree")
     names = os.listdir(tree)
     for name in names:
@@ -336,6 +345,7 @@ def _release_in_place(path: Path, base: Path) -> None:
             (base / own).unlink()
     with suppress(FileNotFoundError):
         os.rmdir(base / "orphans")
+    shutil.rmtree(base / "lost", ignore_errors=True)  # the number of the next batch, and what a crash left of one
     os.rmdir(tree)
     os.rmdir(base)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

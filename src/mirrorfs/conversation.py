@@ -137,9 +137,9 @@ class Conversation:
                 nursery.start_soon(self._guarded, self._follow, record_of(content.get("record"), frame.kind), content["quick"])
             case Kind.HOT:
                 self._hot.append(wire.message(frame))
-            case Kind.LACKED:
+            case Kind.LACKED | Kind.KEPT:
                 if node.primary is not None:
-                    node.primary.on_lacked(_ids_in(wire.message(frame)))
+                    node.primary.on_found(_ids_in(frame), kept=frame.kind is Kind.KEPT)
             case Kind.FOLLOWING:
                 nursery.start_soon(self._guarded, self._copy)
             case Kind.JOIN:
@@ -261,7 +261,8 @@ class Conversation:
         node.enter(f"{'catching up with' if quick else 'copying from'} {self._theirs.node}")
 
 
-def _ids_in(content: Any) -> list[int]:
+def _ids_in(frame: Frame) -> list[int]:
+    content = wire.message(frame)
     if not isinstance(content, list) or not all(isinstance(number, int) and 0 < number < 1 << 63 for number in content):
-        raise ProtocolError("a malformed LACKED")
+        raise ProtocolError(f"a malformed {frame.kind.name}")
     return content

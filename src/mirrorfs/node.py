@@ -157,7 +157,7 @@ class Node:
 
     def _found_id(self) -> int:
         """The id for a file that has none; while mirrored there is no such file, unless somebody made it underneath."""
-        if self.primary is not None and self.primary.mode is Mode.MIRRORED:
+        if self.primary is not None and self.primary.is_whole:
             self.tell_once(
                 "a file was put into the directory underneath while mirrored: it is on this node only and is not shown; "
                 "take it away and write it through the mount"

@@ -112,6 +112,11 @@ class Primary:
             if (other := self._marking.other_name(change)) is not None:
                 self.copier.note_name(*other)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every name here is known to the peer: while mirrored, and in a quick resync once the names are equal."""
+        return self.mode is Mode.MIRRORED or (isinstance(self.copier, CatchUp) and self.copier.live)
+
     def found(self, parent: int, name: bytes) -> None:
         """A file that nobody made through the mount got an id: the other node does not know it."""
         self._marking.found(parent, name)
@@ -144,8 +149,7 @@ class Primary:
             change, failure = partly.done, partly.error
         except OSError:
             if isinstance(change, ops.Write):
-                # Nothing was written, but its modification time is another.
-                self._marking.after(ops.SetAttributes(change.file), 0)
+                self._marking.after(ops.SetAttributes(change.file), 0)  # its modification time is another
                 if self.stream is not None:
                     self._times.add(change.file)
             raise
@@ -411,10 +415,10 @@ class Primary:
         if not await self._checkpoint(stream):
             return False
         self.settle_all()
-        await self.keeper.begin(self._own_name(), frozenset({self.keeper.me(), peer}))
+        await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me(), peer}))
         if not self._is_present(stream):
             if self.mode is not Mode.ENDED:
-                await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=True)
+                await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=True)
             return False
         # From here on every acknowledgement waits for the peer; the peer learns it in the stream, after all it depends on.
         self.copier = None
@@ -423,18 +427,16 @@ class Primary:
         self.enter(Mode.MIRRORED)
         return True
 
-    def on_lacked(self, files: list[int]) -> None:
-        """The peer has made files that were not there."""
-        if isinstance(self.copier, CatchUp):
-            for file in files:
-                self.copier.on_lacked(file)
+    def on_found(self, files: list[int], *, kept: bool) -> None:
+        """The peer has kept files that were there (in a full copy), or has made some that were not (in a quick resync)."""
+        if kept and isinstance(self.copier, Copier):
+            self.copier.on_kept(files)
+        elif not kept and isinstance(self.copier, CatchUp):
+            self.copier.on_lacked(files)
 
     def _is_present(self, stream: Stream) -> bool:
         """Whether this stream is the present one, and alive."""
         return stream is self.stream and not stream.broken and self.mode is not Mode.ENDED
-
-    def _own_name(self) -> str:
-        return self.keeper.me().node
 
     async def peer_lost(self, reason: str) -> None:
         """The link to the peer has ended."""
@@ -462,7 +464,7 @@ class Primary:
             log.warning("the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason)
             return
         self.enter(Mode.LOST)
-        epoch = await self.keeper.begin(self._own_name(), frozenset({self.keeper.me()}), wrote=pending)
+        epoch = await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=pending)
         log.warning("the peer is lost (%s): going on alone in epoch %d", reason, epoch.number)
         if self.mode is Mode.LOST:
             self.enter(Mode.ALONE)
@@ -491,7 +493,7 @@ class Primary:
             self.stream.on_ack(frame.sequence)
         elif frame.kind is Kind.FLUSHED:
             self.stream.on_flushed(frame.sequence)
-        elif frame.kind is Kind.HASHES and isinstance(self.copier, CatchUp):
+        elif frame.kind is Kind.HASHES and self.copier is not None:
             self.copier.on_hashes(frame)
         else:
             return False

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, get_args
 
 import trio
@@ -19,7 +20,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
 from mirrorfs.core.epochs import Record, Standing, unpack_record
 from mirrorfs.core.wire import Frame, Kind
-from mirrorfs.errors import LinkLostError, ProtocolError
+from mirrorfs.errors import JournalError, LinkLostError, ProtocolError
 from mirrorfs.keeper import Keeper
 from mirrorfs.peer import Link
 from mirrorfs.resync.full import Target
@@ -30,7 +31,7 @@ from mirrorfs.tree import PartialChangeError, Tree
 log = logging.getLogger(__name__)
 
 _OPERATIONS: Final = frozenset(wire.OPERATION_OF)
-_LACKED_PER_FRAME: Final = 10_000
+_FILES_PER_FRAME: Final = 10_000
 _LIVE: Final = (*get_args(ops.Change), ops.Introduce)
 
 
@@ -91,6 +92,7 @@ class Standby:
                     self._start_compare(operation, frame.sequence)
                 case ops.Checkpointed():
                     self._activity.cleared(operation.number, self._new_from)
+                    self._nursery.start_soon(self._save_activity)
                 case _:
                     self._apply(operation)
         except PartialChangeError as partly:
@@ -118,11 +120,21 @@ class Standby:
 
     def acknowledge(self) -> None:
         """Tell the primary how far this node has come."""
-        if isinstance(self.target, Returning) and self.target.lacked:
-            for at in range(0, len(self.target.lacked), _LACKED_PER_FRAME):
-                self._link.send_message(Kind.LACKED, self.target.lacked[at : at + _LACKED_PER_FRAME])
-            self.target.lacked.clear()
+        if isinstance(self.target, Returning):
+            self._tell_files(Kind.LACKED, self.target.lacked)
+        elif self.target is not None:
+            self._tell_files(Kind.KEPT, self.target.kept)
         self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
+
+    async def _save_activity(self) -> None:
+        """Nobody waits for it: what stands on disk until then says more than need be."""
+        with suppress(JournalError):  # then the daemon ends, as `Keeper.failed` had it
+            await self._activity.save()
+
+    def _tell_files(self, kind: Kind, files: list[int]) -> None:
+        for at in range(0, len(files), _FILES_PER_FRAME):
+            self._link.send_message(kind, files[at : at + _FILES_PER_FRAME])
+        files.clear()
 
     async def _diverged(self, operation: ops.Operation, sequence: int, error: OSError) -> None:
         what = f"{type(operation).__name__} {sequence} failed here: {error.strerror}"

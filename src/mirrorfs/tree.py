@@ -141,6 +141,14 @@ class Tree:
             raise
         return self.table.add(number, stat.S_IFMT(status.st_mode), descriptor)
 
+    def id_at(self, directory: Known, name: bytes) -> int | None:
+        """The id that stands in the file of that name, None if it has none that counts."""
+        descriptor = os.open(name, _O_LOOK, dir_fd=self.table.descriptor(directory))
+        try:
+            return self._id_of(descriptor, os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+
     def _id_of(self, descriptor: int, status: os.stat_result) -> int | None:
         if status.st_dev != self._device:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))

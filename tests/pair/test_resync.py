@@ -199,7 +199,7 @@ def test_what_the_old_primary_did_and_nobody_saw_is_taken_back(make_lab: Callabl
         wait_for(lambda: _unseen(lab.one.backing), "the changes")
     finally:
         lab.one.kill()
-        told = [application.args[-1] for application in applications if application.wait() == 0]
+        told = [application.pid for application in applications if application.wait() == 0]
     assert told == [], "an application was told that it is done"
     # Not before the cable is whole: what the dead host's kernel still has to send would be seen after all.
     wait_for(lambda: status(lab.two).get("peer", {}).get("state") == "disconnected", "the loss is noticed")
@@ -323,3 +323,24 @@ def test_a_log_of_a_newer_version_ends_the_start_with_one_line(checkpointing: La
     (said,) = [line for line in lines() if "newer mirrorfs" in line]
     assert "install that version" in said
     assert state(lab.one) == "solo"
+
+
+def test_a_full_copy_sends_only_blocks_that_differ_from_what_the_target_has_already(checkpointing: Lab) -> None:
+    lab = checkpointing
+    (lab.one.mount / "directory").mkdir()
+    (lab.one.mount / "directory" / "large").write_bytes(os.urandom(16 * MIB))
+    os.link(lab.one.mount / "directory" / "large", lab.one.mount / "link")
+    (lab.one.mount / "sparse").write_bytes(b"begin")
+    os.truncate(lab.one.mount / "sparse", 8 * MIB)
+    _clean(lab)
+    lab.two.kill()
+    with open(lab.one.mount / "directory" / "large", "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"changed", 5 * MIB)
+    os.rename(lab.one.mount / "sparse", lab.one.mount / "elsewhere")
+    _damage(lab.two)
+    lines = NewLines(lab.one)
+    lab.two.start()
+    lab.wait_mirrored()
+    assert any("by a full copy" in line for line in lines())
+    assert _sent(lab) < MIB
+    assert tree_differences(lab) == []

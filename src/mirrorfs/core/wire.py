@@ -47,6 +47,7 @@ class Kind(IntEnum):
     HASHES = 19
     LACKED = 20
     HOT = 21
+    KEPT = 22
     WRITE = 32
     MAKE_NODE = 33
     SYMLINK = 34

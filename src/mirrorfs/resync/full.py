@@ -40,6 +40,8 @@ class Copier(Sender):
         self._directories: deque[int] = deque()
         self._files: deque[int] = deque()
         self._held: dict[int, Known] = {}
+        self._entered: dict[int, int] = {}
+        self._kept: set[int] = set()
         self._finished = False
 
     # ---- live changes
@@ -115,6 +117,7 @@ class Copier(Sender):
             self._queue(self._directories, known)
         elif regular and status.st_size:
             self.bytes_found += status.st_blocks * 512
+            self._entered[known.id] = self.stream.sent
             self._queue(self._files, known)
         else:
             self.files_done += 1
@@ -169,19 +172,32 @@ class Copier(Sender):
         self.stream.put(ops.DirectoryDone(directory.id))
 
     async def _copy_file(self, known: Known) -> None:
-        """Send the data of one file, its holes left out; whatever is written meanwhile is on the stream already."""
-        await self.copy_range(known, 0, 1 << 63, holes=False)
+        """Send the data of one file, its holes left out; whatever is written meanwhile is on the stream already.
+
+        What the target has kept of a file is compared, and only blocks that differ are sent. It says so before it acknowledges.
+        """
+        await self.stream.applied(self._entered.pop(known.id, 0))
+        if known.id in self._kept:
+            await self.compare_range(known, 0, self.tree.stat(known).st_size)
+        else:
+            await self.copy_range(known, 0, 1 << 63, holes=False)
+
+    def on_kept(self, files: list[int]) -> None:
+        """The target has a file of this id there already."""
+        self._kept.update(files)
 
 
 class Target(Maker):
     """The target's side: applies the copy and the live changes between it.
 
-    `stale` holds, for each directory that was here before, the names that the source has not spoken of.
+    `stale` holds, for each directory that was here before, the names that the source has not spoken of; `kept` are files that
+    were here already, with data that may or may not be the source's, since it was last emptied.
     """
 
     def __init__(self, tree: Tree, orphans: int) -> None:
         super().__init__(tree, orphans)
         self.stale: dict[int, set[bytes]] = {}
+        self.kept: list[int] = []
 
     def handles(self, operation: ops.Operation) -> bool:
         """Whether the operation is one of the resync: all are."""
@@ -194,6 +210,8 @@ class Target(Maker):
                 self._entry(change)
             case ops.CopyData():
                 self.copy_data(change)
+            case ops.CopyHole():
+                self.copy_hole(change)
             case ops.Vanish():
                 self._clear(change.parent, change.name, gone=change.gone)
             case ops.DirectoryDone():
@@ -214,6 +232,8 @@ class Target(Maker):
             return
         if stat.S_ISDIR(entry.mode) and self._is_stale_directory(entry.parent, entry.name):
             known = self._reuse_directory(entry)
+        elif stat.S_ISREG(entry.mode) and self._is_stale_copy(entry):
+            known = self._reuse_file(entry)
         else:
             self._clear(entry.parent, entry.name)
             known = self.make(entry)
@@ -264,6 +284,22 @@ class Target(Maker):
         finally:
             os.close(readable)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _is_stale_copy(self, entry: ops.Entry) -> bool:
+        """Whether an earlier copy, or an earlier life of the pair, has left this very file there."""
+        if entry.name not in self.stale.get(entry.parent, ()):
+            return False
+        return self.tree.id_at(self.tree.table.get(entry.parent), entry.name) == entry.file
+
+    def _reuse_file(self, entry: ops.Entry) -> Known:
+        """The file keeps its data, which the source will compare with its own."""
+        self.stale[entry.parent].discard(entry.name)
+        self.tree.table.unbind(entry.file)
+        known = self.tree.lookup(entry.parent, entry.name)
+        self.attributes(known, entry)
+        self.tree.apply(ops.SetAttributes(entry.file, size=entry.size))
+        self.kept.append(entry.file)
+        return known
 
     def _reuse_directory(self, entry: ops.Entry) -> Known:
         """A directory of the same name was here: it becomes the source's, and its names have to be spoken of."""

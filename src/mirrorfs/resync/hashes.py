@@ -5,7 +5,7 @@ from hashlib import blake2b
 from typing import Final
 
 from mirrorfs.core.dirty import BLOCK
-from mirrorfs.resync.sending import segments
+from mirrorfs.resync.layout import segments
 
 #: Bytes for which there is one hash. Only blocks of this size that differ travel.
 COMPARED: Final = 64 << 10

@@ -9,7 +9,9 @@ from contextlib import suppress
 
 import trio
 
+from mirrorfs import backing
 from mirrorfs.core import operations as ops
+from mirrorfs.core.dirty import BLOCK
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -57,6 +59,15 @@ class Maker:
         written = self.tree.apply(ops.Write(change.file, change.offset, change.data))
         if written < len(change.data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copy_hole(self, hole: ops.CopyHole) -> None:
+        """Make a hole in a file."""
+        known = self.tree.table.get(hole.file)
+        known.version += 1
+        end = hole.offset + hole.size
+        if end >= self.tree.stat(known).st_size:
+            end += -end % BLOCK  # or the last block would stay, with zeros in it
+        backing.punch_hole(self.tree.table.data(known), hole.offset, end - hole.offset)
 
     def set_aside(self, directory: Known, name: bytes) -> bytes:
         """Move what stands under a name into `orphans`; returns its name there."""

@@ -26,9 +26,8 @@ import trio
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import BLOCK, DirtySet, Generation
-from mirrorfs.core.wire import Frame
 from mirrorfs.errors import MirrorfsError
-from mirrorfs.resync.hashes import COMPARED, HASH_SIZE, hashes
+from mirrorfs.resync.hashes import COMPARED
 from mirrorfs.resync.reports import Report
 from mirrorfs.resync.search import find_names
 from mirrorfs.resync.sending import Sender
@@ -39,9 +38,6 @@ from mirrorfs.tree import Tree
 log = logging.getLogger(__name__)
 
 _NAMES_PER_FRAME: Final = 2000
-_COMPARE_PIECE: Final = 4 << 20
-#: Hashes of so many pieces may be under way.
-_COMPARES: Final = 4
 #: A new file of no more than this is sent without asking whether the target has it already.
 _SMALL: Final = COMPARED
 
@@ -88,7 +84,6 @@ class CatchUp(Sender):
         self._placed: set[int] = set()
         self._lacked: set[int] = set()
         self._held: list[Known] = []
-        self._compared: dict[int, tuple[trio.Event, list[bytes]]] = {}
 
     def tells(self, change: ops.Change) -> bool:
         """Whether the target is told of a live change as it is. If not, `note` marks what it changes: it is brought over
@@ -99,6 +94,7 @@ class CatchUp(Sender):
             case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
                 return change.file not in self._work.files
             case _:
+                self._explained.note(change, 0)
                 return True
 
     def note(self, change: ops.Change, new_from: int, old_size: int) -> None:
@@ -240,10 +236,11 @@ class CatchUp(Sender):
         self._put_name(self.tree.table.get(parent), name)
         return directory.id in self._placed
 
-    def on_lacked(self, number: int) -> None:
-        """The target did not have this file, and has made it anew: it is wholly dirty."""
-        self._lacked.add(number)
-        self._work.file(number)
+    def on_lacked(self, files: list[int]) -> None:
+        """The target did not have these files, and has made them anew: they are wholly dirty."""
+        for number in files:
+            self._lacked.add(number)
+            self._work.file(number)
 
     # ---- finding
 
@@ -357,56 +354,12 @@ class CatchUp(Sender):
             for start, end in marks.block_ranges(size):
                 await self.copy_range(known, start, end, holes=True)
             for start, end in marks.compared_ranges(size):
-                await self._compare(known, start, end)
+                await self.compare_range(known, start, end)
         self._note_unsettled(number)
         await self.pace()
         self.files_done += 1
         self.files_found = max(self.files_found, self.files_done + len(self._work.files))
         self._let_go()
-
-    async def _compare(self, known: Known, start: int, end: int) -> None:
-        """Compare a range by hashes and send the blocks that differ."""
-        pieces: deque[tuple[int, int, int]] = deque()
-        offset = start
-        while (offset < end or pieces) and not known.gone and not self.stream.broken:
-            while offset < end and len(pieces) < _COMPARES:
-                size = min(_COMPARE_PIECE, end - offset)
-                sequence = self.stream.put(ops.Compare(known.id, offset, size))
-                self._compared[sequence] = (trio.Event(), [])
-                pieces.append((sequence, offset, size))
-                offset += size
-            await self._compare_piece(known, *pieces.popleft())
-            await self.pace()
-        for sequence, _, _ in pieces:
-            self._compared.pop(sequence, None)
-
-    async def _compare_piece(self, known: Known, sequence: int, offset: int, size: int) -> None:
-        answered, answer = self._compared[sequence]
-        while not (answered.is_set() or self.stream.broken):
-            with trio.move_on_after(0.2):
-                await answered.wait()
-        del self._compared[sequence]
-        if not answer or known.gone:
-            return
-        descriptor = self.tree.table.hold(known)
-        try:
-            own = await trio.to_thread.run_sync(hashes, descriptor, offset, size)
-        finally:
-            self.tree.table.let_go(known)
-        self.bytes_compared += size
-        self.bytes_done += size
-        for at in range(0, len(own), HASH_SIZE):
-            if own[at : at + HASH_SIZE] != answer[0][at : at + HASH_SIZE]:
-                first = offset + at // HASH_SIZE * COMPARED
-                self.bytes_done -= min(COMPARED, offset + size - first)
-                await self.copy_range(known, first, min(first + COMPARED, offset + size), holes=True)
-
-    def on_hashes(self, frame: Frame) -> None:
-        """The target's answer to a `Compare`."""
-        if frame.sequence in self._compared:
-            answered, answer = self._compared[frame.sequence]
-            answer.append(frame.payload)
-            answered.set()
 
 
 def _only_names(names: dict[int, set[bytes] | None]) -> Generation:

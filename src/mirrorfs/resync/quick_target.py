@@ -11,10 +11,8 @@ import os
 import stat
 from typing import Final
 
-from mirrorfs import backing
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
-from mirrorfs.core.dirty import BLOCK
 from mirrorfs.resync.making import Maker
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -61,7 +59,7 @@ class Returning(Maker):
             case ops.CopyData():
                 self.copy_data(operation)
             case ops.CopyHole():
-                self._copy_hole(operation)
+                self.copy_hole(operation)
             case _:
                 raise OSError(errno.EPROTO, f"{type(operation).__name__} during a quick resync")
 
@@ -163,11 +161,3 @@ class Returning(Maker):
         self.attributes(known, refresh)
         if stat.S_ISREG(refresh.mode):
             self.tree.apply(ops.SetAttributes(known.id, size=refresh.size))
-
-    def _copy_hole(self, hole: ops.CopyHole) -> None:
-        known = self.tree.table.get(hole.file)
-        known.version += 1
-        end = hole.offset + hole.size
-        if end >= self.tree.stat(known).st_size:
-            end += -end % BLOCK  # or the last block would stay, with zeros in it
-        backing.punch_hole(self.tree.table.data(known), hole.offset, end - hole.offset)

@@ -4,12 +4,14 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator
 from typing import Final
 
 import trio
 
 from mirrorfs.core import operations as ops
+from mirrorfs.core.wire import Frame
+from mirrorfs.resync.hashes import COMPARED, HASH_SIZE, hashes
+from mirrorfs.resync.layout import segments
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -19,6 +21,10 @@ _PIECE: Final = 512 << 10
 _MAX_IN_FLIGHT: Final = 4 << 20
 ENTRY_COST: Final = 4 << 10
 _MAX_XATTRS: Final = 3 << 20
+_COMPARE_PIECE: Final = 4 << 20
+#: Hashes of so many pieces may be under way.
+_COMPARES: Final = 4
+_LONG_HOLE: Final = 1 << 20
 
 
 class Sender:
@@ -34,6 +40,7 @@ class Sender:
         self.bytes_sent = self.bytes_compared = 0
         self.files_found = self.bytes_found = 0
         self._began = trio.current_time()
+        self._compared: dict[int, tuple[trio.Event, list[bytes]]] = {}
         self._on_the_way: deque[tuple[int, int]] = deque()
         self._on_the_way_bytes = 0
 
@@ -113,6 +120,56 @@ class Sender:
         finally:
             self.tree.table.let_go(known)
 
+    async def compare_range(self, known: Known, start: int, end: int) -> None:
+        """Compare a range by hashes and send the blocks that differ; a long hole is told and not compared."""
+        pieces: deque[tuple[int, int, int]] = deque()
+        offset, end = start, min(end, self.tree.stat(known).st_size)
+        while (offset < end or pieces) and not known.gone and not self.stream.broken:
+            while offset < end and len(pieces) < _COMPARES and not known.gone:
+                is_data, _, last = next(segments(self.tree.table.data(known), offset, end))
+                if not is_data and last - offset >= _LONG_HOLE:
+                    self.stream.put(ops.CopyHole(known.id, offset, last - offset))
+                    offset = last
+                    continue
+                size = min(_COMPARE_PIECE, end - offset)
+                sequence = self.stream.put(ops.Compare(known.id, offset, size))
+                self._compared[sequence] = (trio.Event(), [])
+                pieces.append((sequence, offset, size))
+                offset += size
+            if pieces:
+                await self._compare_piece(known, *pieces.popleft())
+            await self.pace()
+        for sequence, _, _ in pieces:
+            self._compared.pop(sequence, None)
+
+    async def _compare_piece(self, known: Known, sequence: int, offset: int, size: int) -> None:
+        answered, answer = self._compared[sequence]
+        while not (answered.is_set() or self.stream.broken):
+            with trio.move_on_after(0.2):
+                await answered.wait()
+        del self._compared[sequence]
+        if not answer or known.gone:
+            return
+        descriptor = self.tree.table.hold(known)
+        try:
+            own = await trio.to_thread.run_sync(hashes, descriptor, offset, size)
+        finally:
+            self.tree.table.let_go(known)
+        self.bytes_compared += size
+        self.bytes_done += size
+        for at in range(0, len(own), HASH_SIZE):
+            if own[at : at + HASH_SIZE] != answer[0][at : at + HASH_SIZE]:
+                first = offset + at // HASH_SIZE * COMPARED
+                self.bytes_done -= min(COMPARED, offset + size - first)
+                await self.copy_range(known, first, min(first + COMPARED, offset + size), holes=True)
+
+    def on_hashes(self, frame: Frame) -> None:
+        """The target's answer to a `Compare`."""
+        if frame.sequence in self._compared:
+            answered, answer = self._compared[frame.sequence]
+            answer.append(frame.payload)
+            answered.set()
+
     async def pace(self, cost: int = ENTRY_COST) -> None:
         """Leave room for the application: bound what is on its way, and give others their turn."""
         self._on_the_way.append((self.stream.sent, cost))
@@ -122,21 +179,3 @@ class Sender:
             await self.stream.applied(sequence)
             self._on_the_way_bytes -= size
         await trio.lowlevel.checkpoint()
-
-
-def segments(descriptor: int, start: int, end: int) -> Iterator[tuple[bool, int, int]]:
-    """Data (True) and holes of a file between two offsets: (is data, first, last)."""
-    while start < end:
-        try:
-            data = os.lseek(descriptor, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            data = end
-        if data > start:
-            yield False, start, min(data, end)
-            start = data
-            continue
-        stop = min(os.lseek(descriptor, start, os.SEEK_HOLE), end)
-        yield True, start, stop
-        start = stop
