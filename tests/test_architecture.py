@@ -12,6 +12,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "__main__",
     "cli",
+    "words",
     "journal_show",
     "lab",
     "daemon",
@@ -20,6 +21,7 @@ ORDER = [
     "node",
     "conversation",
     "promotion",
+    "pausing",
     "fuse_ops",
     "handles",
     "session",

@@ -151,15 +151,7 @@ def promote(
 ) -> None:
     """Make this node the primary. With the peer alive, the two swap roles and nothing is lost."""
     loaded = _load(context, config, node)
-    try:
-        answer = control.request(loaded.node.control, "promote", yes=yes, force=force)
-    except ConfirmationNeededError as error:
-        if yes or not (sys.stdin.isatty() and sys.stdout.isatty()):
-            raise
-        if not typer.confirm(f"{error}\nPromote this node?"):
-            raise typer.Exit(error.exit_status) from None
-        answer = control.request(loaded.node.control, "promote", yes=True, force=force)
-    print(answer["message"])
+    _ask_first(loaded, "promote", "Promote this node?", yes=yes, force=force)
 
 
 @app.command()
@@ -167,6 +159,25 @@ def demote(context: typer.Context, force: _Force = False, config: _ConfigFile = 
     """Stop being the primary: no more writes here."""
     loaded = _load(context, config, node)
     print(control.request(loaded.node.control, "demote", force=force)["message"])
+
+
+@app.command()
+def pause(
+    context: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: one node is enough until `mirrorfs resume`.")] = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Pause the replication: the primary goes on alone, the other node is kept off until `resume`."""
+    loaded = _load(context, config, node)
+    _ask_first(loaded, "pause", "Pause the replication?", yes=yes)
+
+
+@app.command()
+def resume(context: typer.Context, config: _ConfigFile = None, node: _NodeName = None) -> None:
+    """End a pause: the other node is brought up to date and follows again."""
+    loaded = _load(context, config, node)
+    print(control.request(loaded.node.control, "resume")["message"])
 
 
 @app.command()
@@ -223,6 +234,19 @@ def show(
     raise typer.Exit(1 if journal_show.is_damaged(found) else 0)
 
 
+def _ask_first(config: Config, command: str, question: str, *, yes: bool, **arguments: bool) -> None:
+    """Run a command that may need a person's word, asking for it on a terminal."""
+    try:
+        answer = control.request(config.node.control, command, yes=yes, **arguments)
+    except ConfirmationNeededError as error:
+        if yes or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise
+        if not typer.confirm(f"{error}\n{question}"):
+            raise typer.Exit(error.exit_status) from None
+        answer = control.request(config.node.control, command, yes=True, **arguments)
+    print(answer["message"])
+
+
 def _configure_logging() -> None:
     handler = logging.StreamHandler()
     with_time = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has the time already
@@ -253,12 +277,13 @@ def _ask_status(config: Config) -> dict[str, Any]:
 def _watch(config: Config, as_json: bool) -> None:
     if not as_json and sys.stdout.isatty():
         from rich.live import Live
-        from rich.text import Text
 
-        with Live(Text(_in_words(_ask_status(config))), auto_refresh=False) as live:
+        from mirrorfs.words import on_a_terminal
+
+        with Live(on_a_terminal(_ask_status(config)), auto_refresh=False) as live:
             while True:
                 time.sleep(_WATCH_INTERVAL_S)
-                live.update(Text(_in_words(_ask_status(config))), refresh=True)
+                live.update(on_a_terminal(_ask_status(config)), refresh=True)
     shown = None
     while True:
         found = _ask_status(config)
@@ -270,33 +295,6 @@ def _watch(config: Config, as_json: bool) -> None:
 
 
 def _in_words(found: dict[str, Any]) -> str:
-    peer = found.get("peer") or {"state": "none"}
-    lines = {
-        "volume": found["volume"],
-        "node": found["node"],
-        "state": found["state"],
-        "since": found["since"],
-        "epoch": found["epoch"],
-        "in sync": ", ".join(found["in_sync"]),
-        "peer": f"{peer['name']} ({peer['state']})" if peer.get("name") else peer["state"],
-        "dirty": None if found["dirty_bytes"] is None else _in_units(found["dirty_bytes"]),
-    }
-    if resync := found.get("resync"):
-        lines["resync"] = (
-            f"{_in_units(resync['bytes_done'])} of {_in_units(resync['bytes_total'])}, "
-            f"{resync['files_done']} of {resync['files_total']} files"
-        )
-    lines["reason"] = found["reason"]
-    width = max(len(name) for name in lines) + 2
-    return "\n".join(f"{name:{width}}{'-' if value in (None, '') else value}" for name, value in lines.items())
+    from mirrorfs.words import status_in_words
 
-
-def _in_units(count_bytes: int) -> str:
-    if count_bytes < 1024:
-        return f"{count_bytes} B"
-    amount = float(count_bytes)
-    for unit in ("KiB", "MiB", "GiB"):
-        amount /= 1024
-        if amount < 1024:
-            return f"{amount:.1f} {unit}"
-    return f"{amount / 1024:.1f} TiB"
+    return status_in_words(found)

@@ -6,6 +6,7 @@ Whatever is wrong with it is a ConfigError of one line: the file, the key, what 
 import difflib
 import ipaddress
 import json
+import math
 import os
 import re
 import socket
@@ -27,6 +28,10 @@ _HOST_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 _LONGEST_DURATION_S = 24 * 3600.0
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z/]*)")
+_RATE_UNITS = {"KiB/s": 2.0**10, "MiB/s": 2.0**20, "GiB/s": 2.0**30}
+_LOWEST_RATE = 2.0**10
+_HIGHEST_RATE = 2.0**40
 _SOCKET_PATH_BYTES = 107  # sockaddr_un holds 108 with the final zero
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TYPE_NAMES = {
@@ -63,6 +68,14 @@ class ReplicationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ResyncConfig:
+    """How fast a returning node is brought up to date, and whether the application or the resync goes first."""
+
+    rate_limit_bytes_per_s: float = math.inf
+    priority: Literal["application", "resync"] = "application"
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The file as this node reads it. Without a peer the node runs alone."""
 
@@ -71,6 +84,7 @@ class Config:
     node: NodeConfig
     peer: NodeConfig | None
     replication: ReplicationConfig
+    resync: ResyncConfig = ResyncConfig()
 
 
 def find(explicit: Path | None, directory: Path = DIRECTORY) -> Path:
@@ -114,24 +128,26 @@ def load(file: Path, node: str | None = None) -> Config:
     named_in_file = top.take("node", str)
     backing = top.take_path("backing")
     parts = top.take_table("nodes")
-    replication = top.take_table("replication")
+    replication, resync = top.take_table("replication"), top.take_table("resync")
     top.reject_rest()
 
     nodes = _read_nodes(top, parts, volume, backing)
     own = _own_name(top, tuple(nodes), node, named_in_file)
     peer = next((part for name, part in nodes.items() if name != own), None)
-    if peer is None and replication is not None:
-        raise top.error(
-            "nodes",
-            f"[replication] is there but the peer of {_shown(own)} is missing, add [nodes.NAME] with its address, "
-            "or remove [replication] to run alone",
-        )
+    for name, table in (("replication", replication), ("resync", resync)):
+        if peer is None and table is not None:
+            raise top.error(
+                "nodes",
+                f"[{name}] is there but the peer of {_shown(own)} is missing, add [nodes.NAME] with its address, "
+                f"or remove [{name}] to run alone",
+            )
     return Config(
         file=file.absolute(),
         volume=volume,
         node=nodes[own],
         peer=peer,
         replication=ReplicationConfig() if replication is None else _read_replication(replication),
+        resync=ResyncConfig() if resync is None else _read_resync(resync),
     )
 
 
@@ -195,6 +211,29 @@ class _Table:
         if seconds > _LONGEST_DURATION_S:
             raise self.error(key, f"{_shown(value)} is too long, make it 24h or less")
         return seconds
+
+    def take_rate(self, key: str) -> float:
+        """Bytes a second; infinite for "none", the default."""
+        value = self.take(key, str, ' with a unit, as in "100MiB/s"')
+        if value is None or value == "none":
+            return math.inf
+        match = _RATE.fullmatch(value)
+        if match is None:
+            raise self.error(
+                key,
+                f'{_shown(value)} is not a rate, write a number and a unit, as in "100MiB/s" (KiB/s, MiB/s, GiB/s), or "none"',
+            )
+        number, unit = match.groups()
+        if not unit:
+            raise self.error(key, f'{_shown(value)} has no unit, write it as in "{number}MiB/s" (KiB/s, MiB/s, GiB/s)')
+        if unit not in _RATE_UNITS:
+            raise self.error(key, f"{_shown(unit)} is not a unit, use KiB/s, MiB/s or GiB/s")
+        rate = float(number) * _RATE_UNITS[unit]
+        if rate < _LOWEST_RATE:
+            raise self.error(key, f"{_shown(value)} would never end, make it 1KiB/s or more")
+        if rate > _HIGHEST_RATE:
+            raise self.error(key, f'{_shown(value)} limits nothing, make it 1024GiB/s or less, or "none"')
+        return rate
 
     def take_choice(self, key: str, choices: Sequence[str], default: str) -> str:
         value = self.take(key, str)
@@ -298,6 +337,16 @@ def _read_replication(table: _Table) -> ReplicationConfig:
     )
     table.reject_rest()
     return replication
+
+
+def _read_resync(table: _Table) -> ResyncConfig:
+    priority = table.take_choice("priority", ("application", "resync"), ResyncConfig().priority)
+    resync = ResyncConfig(
+        rate_limit_bytes_per_s=table.take_rate("rate_limit"),
+        priority="resync" if priority == "resync" else "application",
+    )
+    table.reject_rest()
+    return resync
 
 
 def _own_name(top: _Table, names: Sequence[str], asked: str | None, named_in_file: str | None) -> str:

@@ -15,12 +15,14 @@ from mirrorfs import session
 from mirrorfs.core import epochs, wire
 from mirrorfs.core.dirty import is_quick
 from mirrorfs.core.epochs import Hello, Member, Standing
+from mirrorfs.core.modes import Mode
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
 from mirrorfs.peer import Link
 from mirrorfs.resync import reports
 from mirrorfs.resync.full import Target
 from mirrorfs.resync.making import empty_orphans
+from mirrorfs.resync.progress import Progress
 from mirrorfs.resync.quick import CannotCatchUpError
 from mirrorfs.resync.quick_target import Returning
 from mirrorfs.space import Space
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SPACE_INTERVAL_S: Final = 1.0
+_NEWS_INTERVAL_S: Final = 1.0
 _MAX_SETBACK_S: Final = 30.0
 
 
@@ -75,7 +77,7 @@ class Conversation:
         node, link = self._node, self._link
         if not await self._act_on_verdict():
             return
-        nursery.start_soon(self._guarded, self._send_space)
+        nursery.start_soon(self._guarded, self._send_news)
         while True:
             for frame in await link.receive():
                 await self._on_frame(frame, nursery)
@@ -113,10 +115,13 @@ class Conversation:
         if node.primary is not None and stops == node.name and self._theirs.serving:
             await node.stop_leading(node.split_brain)
 
-    async def _send_space(self) -> None:
+    async def _send_news(self) -> None:
         while True:
             self._link.send_message(Kind.SPACE, self._node.own_space().pack())
-            await trio.sleep(_SPACE_INTERVAL_S)
+            primary = self._node.primary
+            if primary is not None and primary.copier is not None:
+                self._link.send_message(Kind.PROGRESS, primary.copier.progress.pack())
+            await trio.sleep(_NEWS_INTERVAL_S)
 
     async def _on_frame(self, frame: Frame, nursery: trio.Nursery) -> None:
         node = self._node
@@ -128,6 +133,8 @@ class Conversation:
         match frame.kind:
             case Kind.SPACE:
                 node.peer_space = Space.unpack(wire.message(frame))
+            case Kind.PROGRESS:
+                node.peer_progress = Progress.unpack(wire.message(frame))
             case Kind.ACK | Kind.FLUSHED:
                 pass  # of a stream that has ended
             case Kind.FOLLOW:
@@ -148,6 +155,8 @@ class Conversation:
                 await node.standby.join(record_in(frame))
                 node.setbacks = 0
                 node.enter(f"in sync with {self._theirs.node}")
+            case Kind.JOINED if node.primary is None or node.primary.mode is not Mode.MIRRORED:
+                pass  # paused, or lost, in the meantime
             case Kind.JOINED:
                 node.peer_joined = True
                 node.enter(f"{self._theirs.node} is in sync")
@@ -156,6 +165,12 @@ class Conversation:
                 node.nursery.start_soon(node.promotion.hand_over_when_asked)
             case Kind.HANDOVER:
                 await node.promotion.take_over(record_in(frame), self._link)
+            case Kind.PAUSE_WANTED:
+                node.nursery.start_soon(node.pausing.begin_when_asked)
+            case Kind.PAUSE:
+                await node.pausing.on_pause(record_in(frame), self._link)
+            case Kind.PAUSED:
+                node.pausing.on_confirmed()
             case Kind.FAILED:
                 log.error("%s is out of sync: %s", self._theirs.node, wire.message(frame))
             case Kind.REFUSED:
@@ -239,7 +254,7 @@ class Conversation:
         if not quick:
             await node.activity.distrust()
         await node.keeper.adopt(record, Standing.RESYNCING, reason)
-        node.discard_local_data = False
+        node.discard_local_data, node.peer_progress = False, None
         if not is_continued:
             await trio.to_thread.run_sync(empty_orphans, node.orphans)
         node.tree.table.begin_era()

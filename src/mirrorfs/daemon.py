@@ -103,6 +103,10 @@ class Daemon:
                 }
             case "demote":
                 return {"message": await node.promotion.demote(force=bool(arguments.get("force")))}
+            case "pause":
+                return {"message": await node.pausing.begin(yes=bool(arguments.get("yes")))}
+            case "resume":
+                return {"message": await node.pausing.resume()}
             case "unmount":
                 return {"message": await self._unmount(node)}
             case _:

@@ -52,6 +52,7 @@ def _record(record: Record) -> dict[str, Any]:
         "volume_id": record.volume_id,
         "standing": record.standing.value,
         "reason": record.reason,
+        "paused_since": _moment(record.paused_at) if record.paused_at else None,
         "epochs": [
             {
                 "number": epoch.number,
@@ -59,12 +60,16 @@ def _record(record: Record) -> dict[str, Any]:
                 "primary": epoch.primary,
                 "in_sync": sorted(member.node for member in epoch.in_sync),
                 "forced": epoch.forced,
-                "began": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(epoch.began)),
+                "began": _moment(epoch.began),
                 "wrote_alone": epoch.tag in record.wrote,
             }
             for epoch in record.epochs
         ],
     }
+
+
+def _moment(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at))
 
 
 def _dirty(contents: dirty_log.Contents) -> dict[str, Any]:
@@ -138,6 +143,8 @@ def _record_in_words(record: dict[str, Any]) -> list[str]:
         f"standing   {record['standing']}",
         f"reason     {record['reason'] or '-'}",
     ]
+    if record["paused_since"]:
+        lines.append(f"paused     by hand since {record['paused_since']}")
     for epoch in record["epochs"]:
         notes = ", forced" * epoch["forced"] + ", wrote alone" * epoch["wrote_alone"]
         in_sync = ", ".join(epoch["in_sync"])

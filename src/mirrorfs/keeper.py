@@ -72,8 +72,10 @@ class Keeper:
         wrote: bool = False,
         volume_id: str = "",
         standing: Standing | None = None,
+        paused: bool = False,
     ) -> Epoch:
-        """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment.
+        """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment, and with
+        `paused` the other node is kept off from that moment on.
 
         What this node knows of its own tree stays as it is unless `standing` says otherwise.
         """
@@ -84,6 +86,8 @@ class Keeper:
             fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch)
             if standing is not None:
                 fresh = replace(fresh, standing=standing, reason="")
+            if paused:
+                fresh = replace(fresh, paused_at=epoch.began)
             return replace(fresh, wrote=fresh.wrote | {epoch.tag}) if wrote else fresh
 
         await self._save(change)
@@ -95,12 +99,21 @@ class Keeper:
         """Begin an epoch with this node alone in sync, in which it has acknowledged what it has so far."""
         return await self.begin(self._node, frozenset({self.me()}), wrote=self.wrote_alone)
 
+    async def begin_pause(self, *, wrote: bool) -> Epoch:
+        """Begin an epoch with this node alone in sync, and keep the other one off: one write, so that neither is without the
+        other after a crash."""
+        return await self.begin(self._node, frozenset({self.me()}), wrote=wrote or self.wrote_alone, paused=True)
+
+    async def end_pause(self) -> None:
+        """The other node may follow again, durably."""
+        await self._save(lambda record: replace(record, paused_at=0.0))
+
     def me(self) -> Member:
         """This node in this boot."""
         return Member(self._node, self.boot)
 
     async def adopt(self, theirs: Record, standing: Standing, reason: str) -> None:
-        """Take over the other node's history, durably, with this node's own standing in it."""
+        """Take over the other node's history, durably, with this node's own standing in it. Who follows pauses nothing."""
         await self._save(
             lambda record: replace(
                 record,
@@ -109,6 +122,7 @@ class Keeper:
                 wrote=frozenset(),
                 standing=standing,
                 reason=reason,
+                paused_at=0.0,
             )
         )
 

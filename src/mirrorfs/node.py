@@ -18,7 +18,7 @@ from mirrorfs import backing, session
 from mirrorfs.activity import Activity
 from mirrorfs.config import Config
 from mirrorfs.conversation import Conversation
-from mirrorfs.core import epochs
+from mirrorfs.core import epochs, pauses
 from mirrorfs.core.epochs import Hello, Standing
 from mirrorfs.core.modes import Mode
 from mirrorfs.errors import (
@@ -29,9 +29,11 @@ from mirrorfs.errors import (
 )
 from mirrorfs.fuse_ops import FuseOperations
 from mirrorfs.keeper import Keeper
+from mirrorfs.pausing import Pausing
 from mirrorfs.peer import Link, dial, greet, listen
 from mirrorfs.promotion import Promotion
 from mirrorfs.replication import Primary
+from mirrorfs.resync.progress import Progress
 from mirrorfs.space import Space
 from mirrorfs.standby import Standby
 from mirrorfs.tree import Tree, no_finder, no_new_ids
@@ -39,6 +41,7 @@ from mirrorfs.tree import Tree, no_finder, no_new_ids
 log = logging.getLogger(__name__)
 
 _SYNC_INTERVAL_S = 0.5
+_KEPT_OFF_S = 1.0
 
 
 class Node:
@@ -71,6 +74,7 @@ class Node:
         self.peer: Hello | None = None
         self.peer_joined = False
         self.peer_space: Space | None = None
+        self.peer_progress: Progress | None = None
         self.peer_lost_at = "the start of this node"
         self.reason = "just started"
         self.split_brain = ""
@@ -79,6 +83,7 @@ class Node:
         self.setbacks = 0
         self._told: set[str] = set()
         self.promotion = Promotion(self)
+        self.pausing = Pausing(self)
         self.role_changed = trio.Event()
         self.verdict: epochs.Verdict | None = None
         volume = bytes.fromhex(keeper.record.volume_id)
@@ -99,7 +104,7 @@ class Node:
         self.reason = reason
         self.since = time.time()
         log.info("%s: %s", self.state, reason)
-        self._announce()
+        self.announce()
 
     def explain(self, reason: str) -> None:
         """Why this node is what it is, in more detail than when it became that."""
@@ -110,9 +115,10 @@ class Node:
         """The primary does not hand over."""
         self.refusal = reason
         log.warning("%s: %s", self.peer_name, reason)
-        self._announce()
+        self.announce()
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
+        """Wake up who waits for a change of roles, or for the other node."""
         self.role_changed.set()
         self.role_changed = trio.Event()
 
@@ -177,9 +183,7 @@ class Node:
             self.tree,
             self.keeper,
             self.activity,
-            freeze_on_loss=self.config.replication.on_peer_loss == "freeze",
-            freeze_timeout_s=self.config.replication.freeze_timeout_s,
-            checkpoint_interval_s=self.config.replication.checkpoint_interval_s,
+            config=self.config,
             disk_failed=self._on_disk_failure,
         )
         self.tree.on_found = primary.found
@@ -232,6 +236,7 @@ class Node:
             empty=self.tree.is_empty,
             discard_local_data=self.discard_local_data,
             dirty=self.activity.dirty.head,
+            resume=self.pausing.wants_resume,
         )
 
     async def _visit(self, connection: socket.socket, host: str) -> None:
@@ -251,6 +256,11 @@ class Node:
         if self.link is not None:
             self.tell_once(f"{host}: connection refused: {theirs.node} is connected already")
             return
+        pause = pauses.pause_between(verdict, mine, theirs)
+        if pause is not None:
+            await self.pausing.keep_off(pause, mine, theirs)
+            await trio.sleep(_KEPT_OFF_S)
+            return
         if mine != self.hello() or self.promotion.lock.locked():
             return  # something changed during the greeting, or is about to: greet again
         link = Link(
@@ -260,6 +270,7 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
+        self.pausing.on_connected()
         try:
             await Conversation(self, link, verdict, mine, theirs).run()
         finally:
@@ -283,7 +294,7 @@ class Node:
         return hello
 
     async def _link_ended(self, reason: str) -> None:
-        self.link, self.peer_space, self.verdict = None, None, None
+        self.link, self.peer_space, self.peer_progress, self.verdict = None, None, None, None
         self.peer_joined = False
         self.peer_lost_at = time.strftime("%Y-%m-%d %H:%M:%S")
         primary = self.primary
@@ -301,13 +312,15 @@ class Node:
     @property
     def peer_name(self) -> str:
         """The other node, for a sentence."""
-        return self.peer.node if self.peer else "the other node"
+        return self.config.peer.name if self.config.peer else "the other node"
 
     # ---- from start to end
 
     async def begin(self, nursery: trio.Nursery) -> None:
         """Look for the other node, or run alone where none is configured."""
         peer, own = self.config.peer, self.config.node
+        if self.keeper.record.paused_at:
+            self.enter(f"{self.pausing.reason}; `mirrorfs promote` makes it serve again if {self.peer_name} cannot be asked")
         nursery.start_soon(self._housekeeping)
         nursery.start_soon(self._sync_idle)
         if peer is None:

@@ -14,6 +14,7 @@ import trio
 
 from mirrorfs.activity import Activity
 from mirrorfs.checkpoint import make_checkpoint
+from mirrorfs.config import Config
 from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import Head, first_new
 from mirrorfs.core.epochs import Member
@@ -52,9 +53,7 @@ class Primary:
         keeper: Keeper,
         activity: Activity,
         *,
-        freeze_on_loss: bool,
-        freeze_timeout_s: float,
-        checkpoint_interval_s: float,
+        config: Config,
         disk_failed: Callable[[OSError], None],
     ) -> None:
         self.tree = tree
@@ -65,9 +64,7 @@ class Primary:
         self.stream: Stream | None = None
         self.copier: Copier | CatchUp | None = None
         self.loss = ""
-        self._freeze_on_loss = freeze_on_loss
-        self._freeze_timeout_s = freeze_timeout_s
-        self._checkpoint_interval_s = checkpoint_interval_s
+        self._settings, self._resync = config.replication, config.resync
         self._unsent_from = keeper.next_id()
         self._peer_number = 0
         self._disk_failed = disk_failed
@@ -76,7 +73,7 @@ class Primary:
         self._introductions: Introductions | None = None
         self._times = Settling(tree, self._tell_times)
         self._flush_both = False
-        self._disk_is_bad = False
+        self.disk_is_bad = False
 
     # ---- what fuse_ops calls
 
@@ -178,7 +175,7 @@ class Primary:
         await self._admitted()
         stream, version = self.stream, known.version
         sequence = self._send_sync(known, data_only)
-        descriptor = self._descriptor_to_sync(known)
+        descriptor = self.tree.table.hold_to_sync(known)
         failure: OSError | None = None
 
         async def sync_here() -> None:
@@ -224,16 +221,10 @@ class Primary:
     def disk_failed(self, error: OSError) -> None:
         """A sync failed here, and is never tried again: nothing more is acknowledged by this node."""
         self.loss = f"the disk of this node failed: {error.strerror}"
-        if self.mode is not Mode.ENDED and not self._disk_is_bad:
-            self._disk_is_bad = True
+        if self.mode is not Mode.ENDED and not self.disk_is_bad:
+            self.disk_is_bad = True
             self.enter(Mode.FROZEN)
             self._disk_failed(error)
-
-    def _descriptor_to_sync(self, known: Known) -> int:
-        descriptor = self.tree.table.hold(known)
-        if known.is_directory:
-            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return descriptor
 
     # ---- waiting
 
@@ -273,10 +264,10 @@ class Primary:
 
     async def _wait_for_change(self) -> None:
         changed = self._changed
-        with trio.move_on_at(self._frozen_at + self._freeze_timeout_s if self._frozen_at < math.inf else math.inf):
+        with trio.move_on_at(self._frozen_at + self._settings.freeze_timeout_s if self._frozen_at < math.inf else math.inf):
             await changed.wait()
             return
-        raise FrozenError(f"frozen for {self._freeze_timeout_s:g} s (freeze_timeout): {self.loss}")
+        raise FrozenError(f"frozen for {self._settings.freeze_timeout_s:g} s (freeze_timeout): {self.loss}")
 
     def enter(self, mode: Mode) -> None:
         """Change the mode and let everybody who waits look again."""
@@ -354,7 +345,7 @@ class Primary:
 
     async def _checkpoint_often(self) -> None:
         while True:
-            await trio.sleep(self._checkpoint_interval_s)
+            await trio.sleep(self._settings.checkpoint_interval_s)
             dirty = self.activity.dirty
             if self.mode is Mode.MIRRORED and self.stream is not None and (dirty.now or dirty.old):
                 stream = self.stream
@@ -385,13 +376,14 @@ class Primary:
         self._peer_number = theirs.number
         self._introductions = introductions = Introductions(self.tree, stream)
         if report is None:
-            self.copier = Copier(self.tree, stream, note_unsettled=self._times.add)
+            self.copier = Copier(self.tree, stream, settings=self._resync, note_unsettled=self._times.add)
         else:
             self.copier = CatchUp(
                 self.tree,
                 stream,
                 self.activity.dirty,
                 report,
+                settings=self._resync,
                 first_new=first_new(self.activity.dirty.head, theirs),
                 unsent_from=self._unsent_from,
                 introduce=introductions.by_entry,
@@ -441,25 +433,28 @@ class Primary:
     async def peer_lost(self, reason: str) -> None:
         """The link to the peer has ended."""
         counted = self.copier is None  # an acknowledgement needed the peer's
-        stream, self.stream, self.copier = self.stream, None, None
-        self._flush_both = False
-        if stream is not None:
-            pending = stream.sent > stream.acknowledged
-            stream.end()
-            if counted:
-                self._unsent_from = self.keeper.next_id()
-            if counted and self.mode is not Mode.ENDED:
-                await self._go_on_without(reason, pending)
-                return
+        stream = self._end_stream()
+        if stream is not None and counted and self.mode is not Mode.ENDED:
+            await self._go_on_without(reason, pending=stream.pending)
+            return
         epoch = self.keeper.record.epoch
         if self.mode is Mode.ALONE and epoch is not None and len(epoch.in_sync) > 1:
             await self.keeper.begin_alone()
 
-    async def _go_on_without(self, reason: str, pending: bool) -> None:
-        if self._disk_is_bad:
+    def _end_stream(self) -> Stream | None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.end()
+            if self.copier is None:
+                self._unsent_from = self.keeper.next_id()
+        self.copier, self._flush_both = None, False
+        return stream
+
+    async def _go_on_without(self, reason: str, *, pending: bool) -> None:
+        if self.disk_is_bad:
             return  # frozen, until the node has stopped
         self.loss = reason
-        if self._freeze_on_loss:
+        if self._settings.on_peer_loss == "freeze":
             self.enter(Mode.FROZEN)
             log.warning("the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason)
             return
@@ -469,12 +464,15 @@ class Primary:
         if self.mode is Mode.LOST:
             self.enter(Mode.ALONE)
 
+    def part(self) -> None:
+        """Be alone from here on, as the record says already: who waits for the peer is answered, nothing is sent any more."""
+        self._end_stream()
+        self.enter(Mode.ALONE)
+
     def retire(self) -> None:
         """This node is not the primary any more: who waits is refused, nothing is sent any more."""
         self.enter(Mode.ENDED)
-        stream, self.stream, self.copier = self.stream, None, None
-        if stream is not None:
-            stream.end()
+        self._end_stream()
         self._times.forget_all()
 
     async def drain(self) -> bool:

@@ -72,6 +72,11 @@ class Standby:
         """Whether this node has everything that was acknowledged."""
         return self.target is None
 
+    @property
+    def kind(self) -> str:
+        """The resync that this node is the target of."""
+        return "full" if isinstance(self.target, Target) else "quick"
+
     def handles(self, frame: Frame) -> bool:
         """Whether the frame belongs to the stream."""
         return frame.kind in _OPERATIONS

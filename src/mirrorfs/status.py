@@ -3,9 +3,11 @@
 import time
 from typing import Any
 
+from mirrorfs import pausing
 from mirrorfs.core.epochs import Standing
 from mirrorfs.node import Node
-from mirrorfs.resync.full import Copier
+from mirrorfs.resync.progress import Progress
+from mirrorfs.standby import Standby
 
 
 def describe(node: Node) -> dict[str, Any]:
@@ -26,6 +28,8 @@ def describe(node: Node) -> dict[str, Any]:
     }
     if node.split_brain:
         status["split_brain"] = node.split_brain
+    if (pause := node.pausing.pause) is not None:
+        status["paused"] = pausing.describe(pause)
     if record.epoch is not None:
         status["epoch_tag"], status["primary"] = record.epoch.tag, record.epoch.primary
         status["epochs"] = [[epoch.number, epoch.primary, epoch.began] for epoch in record.epochs[-5:]]
@@ -33,17 +37,26 @@ def describe(node: Node) -> dict[str, Any]:
         status["settled"] = node.primary.settled
         copier = node.primary.copier
         if copier is not None:
-            status["dirty_bytes"] = max(status["dirty_bytes"], copier.bytes_left)
-            status["resync"] = {
-                "kind": "full" if isinstance(copier, Copier) else "quick",
-                "bytes_done": copier.bytes_done,
-                "bytes_total": max(copier.bytes_found, copier.bytes_done),
-                "files_done": copier.files_done,
-                "files_total": copier.files_found,
-                "bytes_per_second": round(copier.rate),
-                "seconds_left": round(copier.bytes_left / copier.rate) if copier.rate else None,
-            }
+            progress = copier.progress
+            status["dirty_bytes"] = max(status["dirty_bytes"], progress.bytes_total - progress.bytes_done)
+            status["resync"] = progress.describe()
+    elif node.standby is not None and not node.standby.in_sync:
+        status["resync"] = _as_the_source_says(node, node.standby)
     return status
+
+
+def _as_the_source_says(node: Node, standby: Standby) -> dict[str, Any]:
+    """The resync of this node: the source knows how much is to be done, and says so every second."""
+    progress = node.peer_progress or Progress.of(
+        standby.kind,
+        bytes_done=standby.bytes_copied,
+        bytes_found=0,
+        files_done=0,
+        files_found=0,
+        totals_are_known=False,
+        rate=None,
+    )
+    return {**progress.describe(), "bytes_received": standby.bytes_copied}
 
 
 def _in_sync(node: Node) -> list[str]:

@@ -22,6 +22,11 @@ class Stream:
         self._waiters: deque[tuple[int, trio.lowlevel.Task]] = deque()
         self._flushes: dict[int, tuple[trio.Event, list[int]]] = {}
 
+    @property
+    def pending(self) -> bool:
+        """Whether the peer has not acknowledged all that was sent."""
+        return self.sent > self.acknowledged
+
     def put(self, operation: ops.Operation) -> int:
         """Send an operation and return its sequence number."""
         self.sent += 1

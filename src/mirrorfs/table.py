@@ -217,6 +217,13 @@ class Table:
         known.opens += 1
         return descriptor
 
+    def hold_to_sync(self, known: Known) -> int:
+        """As `hold`, a descriptor that can be synced; that of a directory is the caller's to close."""
+        descriptor = self.hold(known)
+        if known.is_directory:
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return descriptor
+
     def let_go(self, known: Known) -> None:
         """The end of a `hold`."""
         known.opens -= 1

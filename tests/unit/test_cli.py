@@ -27,7 +27,14 @@ STATUS: dict[str, Any] = {
     "since": "2025-01-02T03:04:05+00:00",
     "peer": {"name": "two", "state": "standby"},
     "dirty_bytes": 5 * 1024 * 1024,
-    "resync": {"bytes_done": 1, "bytes_total": 2 * 1024**4, "files_done": 3, "files_total": 4},
+    "resync": {
+        "bytes_done": 1,
+        "bytes_total": 2 * 1024**4,
+        "files_done": 3,
+        "files_total": 4,
+        "bytes_per_second": 2048,
+        "seconds_left": 61,
+    },
     "reason": "Every write is on both nodes.",
 }
 
@@ -49,7 +56,7 @@ class Node:
         match command:
             case "status":
                 return self.status
-            case "promote" if not (arguments["yes"] or arguments["force"]):
+            case "promote" | "pause" if not (arguments["yes"] or arguments.get("force")):
                 raise ConfirmationNeededError("the peer cannot be asked, was it lost? --yes says so")
             case "demote" if not arguments["force"]:
                 raise RefusedError("the peer is not in sync, --force would stop all writes")
@@ -111,7 +118,8 @@ async def test_the_help_names_every_command() -> None:
     assert (status, err) == (0, "")
     listed = out.partition("Commands:\n")[2]
     commands = re.findall(r"^  (\w+)  ", listed, re.MULTILINE)
-    assert set(commands) >= {"mount", "promote", "demote", "status", "unmount", "release", "journal", "lab", "demo", "bench"}
+    assert set(commands) >= {"mount", "promote", "demote", "pause", "resume", "status", "unmount", "release", "journal"}
+    assert set(commands) >= {"lab", "demo", "bench"}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,9 @@ async def test_a_wrong_command_line_ends_with_2_and_no_traceback(arguments: Sequ
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["mount PATH", "promote", "demote", "unmount", "status", "release PATH", "journal show"])
+@pytest.mark.parametrize(
+    "command", ["mount PATH", "promote", "demote", "pause", "resume", "unmount", "status", "release PATH", "journal show"]
+)
 async def test_every_command_reports_a_wrong_configuration_in_one_line(tmp_path: Path, command: str) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text("volme = 1\n")
@@ -160,7 +170,7 @@ async def test_the_status_in_words_is_aligned(node: Node) -> None:
             "in sync  one, two\n"
             "peer     two (standby)\n"
             "dirty    5.0 MiB\n"
-            "resync   1 B of 2.0 TiB, 3 of 4 files\n"
+            "resync   1 B of 2.0 TiB, 3 of 4 files, 2.0 KiB/s, 1 min 1 s left\n"
             "reason   Every write is on both nodes.\n",
             "",
         )
@@ -212,6 +222,8 @@ async def test_commands_print_the_answer_and_pass_their_options_on(node: Node) -
             (("promote", "--force"), ("promote", {"yes": False, "force": True})),
             (("demote", "--force"), ("demote", {"force": True})),
             (("unmount",), ("unmount", {})),
+            (("pause", "--yes"), ("pause", {"yes": True})),
+            (("resume",), ("resume", {})),
         ):
             assert await mirrorfs(*arguments, "--config", node.file) == (0, f"{arguments[0]} is done\n", "")
             assert node.requests.pop() == expected
@@ -233,7 +245,8 @@ async def test_a_question_without_a_terminal_ends_with_4(node: Node) -> None:
             "",
             "mirrorfs: the peer cannot be asked, was it lost? --yes says so\n",
         )
-    assert node.requests == [("promote", {"yes": False, "force": False})]
+        assert (await mirrorfs("pause", "--config", node.file))[0] == 4
+    assert node.requests == [("promote", {"yes": False, "force": False}), ("pause", {"yes": False})]
 
 
 @pytest.mark.parametrize(("typed", "status", "promoted"), [(b"y\n", 0, True), (b"n\n", 4, False), (b"\n", 4, False)])

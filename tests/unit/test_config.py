@@ -1,3 +1,4 @@
+import math
 import socket
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def test_a_small_file_has_the_documented_defaults(file: Path) -> None:
         control=Path("/run/mirrorfs/v-two.sock"),
     )
     assert loaded(file, TWO) == config.Config(
-        file=file, volume="v", node=one, peer=two, replication=config.ReplicationConfig("continue", 2.0, 10.0, 30.0)
+        file=file, volume="v", node=one, peer=two, replication=config.ReplicationConfig("continue", 2.0, 10.0, 30.0, 10.0)
     )
+    assert loaded(file, TWO).resync == config.ResyncConfig(math.inf, "application")
 
 
 def test_the_sample_says_what_the_defaults_are(file: Path) -> None:
@@ -68,6 +70,7 @@ def test_the_sample_says_what_the_defaults_are(file: Path) -> None:
     sample = loaded(file, text, "two")
     assert (sample.volume, sample.node.name, sample.node.address) == ("dispatch", "two", "10.77.0.2")
     assert sample.replication == config.ReplicationConfig()
+    assert sample.resync == config.ResyncConfig()
     lines = [line.removeprefix("# ") for line in text.splitlines()]
     spelled_out = loaded(file, "\n".join(line for line in lines if " = " in line or line.startswith("[")), "two")
     assert spelled_out.peer is not None
@@ -95,11 +98,16 @@ def test_every_key_is_read(file: Path) -> None:
         ack_timeout = "500ms"
         freeze_timeout = "1min"
         stall_timeout = "1.5 h"
+        checkpoint_interval = "1min"
+        [resync]
+        rate_limit = "1.5 GiB/s"
+        priority = "resync"
     """
     found = loaded(file, text, "two")
     assert found.peer == config.NodeConfig("one.example.org", "one.example.org", 1, Path("/srv/one"), Path("/s"), Path("/c"))
     assert found.node.backing == Path("/srv/both")
-    assert found.replication == config.ReplicationConfig("freeze", 0.5, 60.0, 5400.0)
+    assert found.replication == config.ReplicationConfig("freeze", 0.5, 60.0, 5400.0, 60.0)
+    assert found.resync == config.ResyncConfig(1.5 * 2**30, "resync")
 
 
 def test_a_single_node_has_no_peer(file: Path) -> None:
@@ -159,7 +167,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication)',
+            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync)',
         ),
         (
             'volume = "v"\n',
@@ -276,6 +284,52 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
             "replication.ack_timout: unknown key, did you mean ack_timeout?",
         ),
         (
+            TWO + '[replication]\ncheckpoint_interval = "10 sec"\n',
+            'replication.checkpoint_interval: "sec" is not a unit, use ms, s, min or h',
+        ),
+        (
+            ONE + "[resync]\n",
+            'nodes: [resync] is there but the peer of "one" is missing, add [nodes.NAME] with its address, '
+            "or remove [resync] to run alone",
+        ),
+        (
+            TWO + "[resync]\nrate_limit = 100\n",
+            'resync.rate_limit: is a whole number, must be a string with a unit, as in "100MiB/s"',
+        ),
+        (
+            TWO + '[resync]\nrate_limit = "fast"\n',
+            'resync.rate_limit: "fast" is not a rate, write a number and a unit, as in "100MiB/s" (KiB/s, MiB/s, GiB/s), '
+            'or "none"',
+        ),
+        (
+            TWO + '[resync]\nrate_limit = "100"\n',
+            'resync.rate_limit: "100" has no unit, write it as in "100MiB/s" (KiB/s, MiB/s, GiB/s)',
+        ),
+        (
+            TWO + '[resync]\nrate_limit = "100MB/s"\n',
+            'resync.rate_limit: "MB/s" is not a unit, use KiB/s, MiB/s or GiB/s',
+        ),
+        (
+            TWO + '[resync]\nrate_limit = "100 MiB"\n',
+            'resync.rate_limit: "MiB" is not a unit, use KiB/s, MiB/s or GiB/s',
+        ),
+        (
+            TWO + '[resync]\nrate_limit = "0.5KiB/s"\n',
+            'resync.rate_limit: "0.5KiB/s" would never end, make it 1KiB/s or more',
+        ),
+        (
+            TWO + '[resync]\nrate_limit = "1025GiB/s"\n',
+            'resync.rate_limit: "1025GiB/s" limits nothing, make it 1024GiB/s or less, or "none"',
+        ),
+        (
+            TWO + '[resync]\npriority = "high"\n',
+            'resync.priority: "high" is not known here, use "application" or "resync"',
+        ),
+        (
+            TWO + '[resync]\nrate_limits = "none"\n',
+            "resync.rate_limits: unknown key, did you mean rate_limit?",
+        ),
+        (
             TWO.replace('node = "one"', 'node = "three"'),
             'node: there is no node "three" as node says, use one of: one, two',
         ),
@@ -326,6 +380,14 @@ def test_a_duration_is_its_number_times_its_unit(tmp_path_factory: pytest.TempPa
         assert loaded(file, text).replication.ack_timeout_s == pytest.approx(expected_s)
     else:
         assert "is too long" in refusal(file, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [("none", math.inf), ("1KiB/s", 1024), ("100MiB/s", 100 << 20), ("0.5 GiB/s", 1 << 29), ("1024GiB/s", 1 << 40)],
+)
+def test_a_rate_is_its_number_times_its_unit(file: Path, text: str, bytes_per_s: float) -> None:
+    assert loaded(file, f'{TWO}[resync]\nrate_limit = "{text}"\n').resync.rate_limit_bytes_per_s == bytes_per_s
 
 
 @given(text=st.text(st.characters(exclude_characters='"\\', min_codepoint=32, exclude_categories=["Cs", "Cc"])))

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def state(tmp_path: Path) -> Path:
 
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_pause_is_shown_with_its_moment(state: Path) -> None:
+    journal = Journal(state)
+    assert describe(state)["record"]["paused_since"] is None
+    journal.save(replace(journal.load(), paused_at=1.6e9))
+    assert describe(state)["record"]["paused_since"] == "2020-09-13T14:26:40+0200"
+    assert "  paused     by hand since 2020-09-13T14:26:40+0200" in in_words(describe(state)).splitlines()
 
 
 def test_everything_is_shown_for_a_person(state: Path) -> None:

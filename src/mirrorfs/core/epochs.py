@@ -56,7 +56,8 @@ class Epoch:
 class Record:
     """What a node keeps durably of the pair.
 
-    `wrote` holds the tags of epochs in which this node acknowledged a change that no other node was asked for.
+    `wrote` holds the tags of epochs in which this node acknowledged a change that no other node was asked for. `paused_at` is
+    when this node was told by hand to keep the other one off (UNIX time in seconds), 0 if it does not.
     """
 
     volume_id: str = ""
@@ -64,6 +65,7 @@ class Record:
     wrote: frozenset[str] = frozenset()
     standing: Standing = Standing.IN_SYNC
     reason: str = ""
+    paused_at: float = 0.0
 
     @property
     def epoch(self) -> Epoch | None:
@@ -89,14 +91,14 @@ class Record:
 
 #: Epochs that a node remembers. Two nodes that have been apart for longer than this need a person.
 HISTORY = 256
-
+_LATEST = 1e11  # in the year 5138
 
 _NOTHING = Head()
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a node says of itself when it meets another."""
+    """What a node says of itself when it meets another; `resume` asks that one to end its pause."""
 
     volume: str
     node: str
@@ -106,6 +108,7 @@ class Hello:
     empty: bool
     discard_local_data: bool
     dirty: Head = _NOTHING
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +376,7 @@ def pack_record(record: Record) -> dict[str, Any]:
         "wrote": sorted(record.wrote),
         "standing": record.standing.value,
         "reason": record.reason,
+        "paused_at": record.paused_at,
     }
 
 
@@ -381,6 +385,9 @@ def unpack_record(data: dict[str, Any]) -> Record:
     volume_id = data["volume_id"]
     if not isinstance(volume_id, str) or len(volume_id) not in (0, 32) or len(bytes.fromhex(volume_id)) * 2 != len(volume_id):
         raise ValueError(f"{volume_id!r} is no volume id")
+    paused_at = float(data.get("paused_at", 0.0))
+    if not 0 <= paused_at < _LATEST:
+        raise ValueError(f"{paused_at} is no time")
     return Record(
         volume_id=volume_id,
         epochs=tuple(
@@ -397,6 +404,7 @@ def unpack_record(data: dict[str, Any]) -> Record:
         wrote=frozenset(data["wrote"]),
         standing=Standing(data["standing"]),
         reason=str(data["reason"]),
+        paused_at=paused_at,
     )
 
 
@@ -411,6 +419,7 @@ def pack_hello(hello: Hello) -> dict[str, Any]:
         "empty": hello.empty,
         "discard_local_data": hello.discard_local_data,
         "dirty": [hello.dirty.volume_id, hello.dirty.number, hello.dirty.base, hello.dirty.new_from, hello.dirty.complete],
+        "resume": hello.resume,
     }
 
 
@@ -425,6 +434,7 @@ def unpack_hello(data: dict[str, Any]) -> Hello:
         empty=bool(data["empty"]),
         discard_local_data=bool(data["discard_local_data"]),
         dirty=_unpack_head(data["dirty"]),
+        resume=bool(data.get("resume")),
     )
 
 

@@ -41,6 +41,10 @@ class Kind(IntEnum):
     REFUSED = 8
     HEARTBEAT = 9
     SPACE = 10
+    PAUSE_WANTED = 11
+    PAUSE = 12
+    PAUSED = 13
+    PROGRESS = 14
     ACK = 16
     FLUSHED = 17
     FAILED = 18

@@ -168,8 +168,17 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="How often each workload is measured.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement runs.")] = 5.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    returns: Annotated[bool, typer.Option("--returns", help="Measure what the return of a node costs instead.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --returns: also a million files, and a million writes alone.")
+    ] = False,
 ) -> None:
     """Measure native, mounted alone and mirrored in one run, and print the ratios; needs root."""
+    if returns:
+        from mirrorfs.lab import returns as costs
+
+        raise typer.Exit(costs.run(directory=directory, full=full))
+
     from mirrorfs.lab import bench as measurement
 
     raise typer.Exit(measurement.run(directory=directory, rounds=rounds, seconds=seconds, json_file=json_file))

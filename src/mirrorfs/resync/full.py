@@ -18,10 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import assert_never
 
+from mirrorfs.config import ResyncConfig
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.resync.making import Maker
-from mirrorfs.resync.sending import Sender
+from mirrorfs.resync.sending import DEFAULT, Sender
+from mirrorfs.resync.survey import Survey, data_bytes
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -33,8 +35,15 @@ class Copier(Sender):
     """The source's side. `introduced` are the files that the target knows by id; `note_unsettled` takes an id whose times the
     target must be told once more."""
 
-    def __init__(self, tree: Tree, stream: Stream, *, note_unsettled: Callable[[int], None]) -> None:
-        super().__init__(tree, stream)
+    kind = "full"
+
+    def __init__(
+        self, tree: Tree, stream: Stream, *, settings: ResyncConfig = DEFAULT, note_unsettled: Callable[[int], None]
+    ) -> None:
+        super().__init__(tree, stream, settings)
+        self._survey: Survey | None = None
+        self._unlisted = 0
+        self._estimates: dict[int, int] = {}
         self.introduced: set[int] = set()
         self._note_unsettled = note_unsettled
         self._directories: deque[int] = deque()
@@ -43,6 +52,15 @@ class Copier(Sender):
         self._entered: dict[int, int] = {}
         self._kept: set[int] = set()
         self._finished = False
+
+    @property
+    def expected(self) -> tuple[int, int] | None:
+        """How many bytes and files there are in all: what was found, once every directory was listed; before that, what a
+        survey has counted."""
+        if self.introduced and not self._unlisted:
+            return self.bytes_found, self.files_found
+        counted = self._survey.counted if self._survey else None
+        return counted and (max(counted[0], self.bytes_found), max(counted[1], self.files_found))
 
     # ---- live changes
 
@@ -114,9 +132,11 @@ class Copier(Sender):
         self._note_unsettled(known.id)
         self.files_found += 1
         if directory:
+            self._unlisted += not self._finished
             self._queue(self._directories, known)
         elif regular and status.st_size:
-            self.bytes_found += status.st_blocks * 512
+            self.bytes_found += data_bytes(status)
+            self._estimates[known.id] = data_bytes(status)
             self._entered[known.id] = self.stream.sent
             self._queue(self._files, known)
         else:
@@ -140,6 +160,7 @@ class Copier(Sender):
         """Introduce and copy everything; afterwards the trees are equal at this point of the stream."""
         try:
             root = self.tree.table.get(ids.ROOT)
+            self._survey = Survey(self.tree.root)
             self.introduce(0, b"", root)
             while self._files or self._directories:
                 if self._files:
@@ -148,10 +169,13 @@ class Copier(Sender):
                 else:
                     known = self._held[self._directories.popleft()]
                     await self._copy_directory(known)
+                    self._unlisted -= 1
                 self._note_unsettled(known.id)
                 self._done(known)
             self._finished = True
         finally:
+            if self._survey is not None:
+                self._survey.stop()
             for known in list(self._held.values()):
                 self._done(known)
 
@@ -176,11 +200,13 @@ class Copier(Sender):
 
         What the target has kept of a file is compared, and only blocks that differ are sent. It says so before it acknowledges.
         """
+        before = self.bytes_done
         await self.stream.applied(self._entered.pop(known.id, 0))
         if known.id in self._kept:
             await self.compare_range(known, 0, self.tree.stat(known).st_size)
         else:
             await self.copy_range(known, 0, 1 << 63, holes=False)
+        self.settle_estimate(self._estimates.pop(known.id), before)
 
     def on_kept(self, files: list[int]) -> None:
         """The target has a file of this id there already."""

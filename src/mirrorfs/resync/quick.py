@@ -23,6 +23,7 @@ from typing import Final
 
 import trio
 
+from mirrorfs.config import ResyncConfig
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import BLOCK, DirtySet, Generation
@@ -30,7 +31,8 @@ from mirrorfs.errors import MirrorfsError
 from mirrorfs.resync.hashes import COMPARED
 from mirrorfs.resync.reports import Report
 from mirrorfs.resync.search import find_names
-from mirrorfs.resync.sending import Sender
+from mirrorfs.resync.sending import DEFAULT, Sender
+from mirrorfs.resync.survey import data_bytes
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -55,6 +57,8 @@ class CatchUp(Sender):
     certainly is.
     """
 
+    kind = "quick"
+
     def __init__(
         self,
         tree: Tree,
@@ -62,14 +66,16 @@ class CatchUp(Sender):
         dirty: DirtySet,
         theirs: Report,
         *,
+        settings: ResyncConfig = DEFAULT,
         first_new: int,
         unsent_from: int,
         introduce: Callable[[int, bytes, int], None],
         note_introduced: Callable[[int], None],
         note_unsettled: Callable[[int], None],
     ) -> None:
-        super().__init__(tree, stream)
+        super().__init__(tree, stream, settings)
         self.live = False
+        self._estimates: dict[int, int] = {}
         self._work = dirty.all()
         self._work.add(theirs.marks)
         self._located = dirty.located
@@ -84,6 +90,11 @@ class CatchUp(Sender):
         self._placed: set[int] = set()
         self._lacked: set[int] = set()
         self._held: list[Known] = []
+
+    @property
+    def expected(self) -> tuple[int, int] | None:
+        """How many bytes and files there are in all, as the marks say; the names come first and are not counted."""
+        return (self.bytes_found, self.files_found) if self.live else None
 
     def tells(self, change: ops.Change) -> bool:
         """Whether the target is told of a live change as it is. If not, `note` marks what it changes: it is brought over
@@ -111,7 +122,9 @@ class CatchUp(Sender):
         try:
             await self._equal_names()
             while self._work.files:
-                await self._bring_file(next(iter(self._work.files)))
+                number, before = next(iter(self._work.files)), self.bytes_done
+                await self._bring_file(number)
+                self.settle_estimate(self._estimates.pop(number, 0), before)
         finally:
             self._let_go()
 
@@ -132,8 +145,13 @@ class CatchUp(Sender):
                 return
         self.live = True
         self.stream.put(ops.NamesEqual())
-        self.bytes_found += sum(marks.estimated_bytes for marks in self._work.files.values())
+        for number, marks in self._work.files.items():
+            self._estimate(number, marks.estimated_bytes)
         self.files_found = self.files_done + len(self._work.files)
+
+    def _estimate(self, number: int, count_bytes: int) -> None:
+        self._estimates[number] = self._estimates.get(number, 0) + count_bytes
+        self.bytes_found += count_bytes
 
     async def _gather(self, batch: dict[int, set[bytes] | None]) -> dict[int, int]:
         """Have the target set aside what stands under these names and is another file; returns how deep each directory lies."""
@@ -223,7 +241,8 @@ class CatchUp(Sender):
         self._note_unsettled(known.id)
         if known.id >= self._first_new:
             self._work.file(known.id)
-            self.bytes_found += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+            if known.id not in self._estimates:
+                self._estimate(known.id, data_bytes(status))
         self.tree.table.drop_unused(known)
 
     def _is_there(self, directory: Known) -> bool:
@@ -358,7 +377,7 @@ class CatchUp(Sender):
         self._note_unsettled(number)
         await self.pace()
         self.files_done += 1
-        self.files_found = max(self.files_found, self.files_done + len(self._work.files))
+        self.files_found = self.files_done + len(self._work.files)
         self._let_go()
 
 

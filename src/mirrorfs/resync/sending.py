@@ -8,17 +8,23 @@ from typing import Final
 
 import trio
 
+from mirrorfs.config import ResyncConfig
 from mirrorfs.core import operations as ops
 from mirrorfs.core.wire import Frame
 from mirrorfs.resync.hashes import COMPARED, HASH_SIZE, hashes
 from mirrorfs.resync.layout import segments
+from mirrorfs.resync.pacing import Bucket
+from mirrorfs.resync.progress import Meter, Progress
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
 _PIECE: Final = 512 << 10
 #: What may be on its way at once: a live change waits behind no more than this.
-_MAX_IN_FLIGHT: Final = 4 << 20
+_MAX_IN_FLIGHT: Final = {"application": 4 << 20, "resync": 16 << 20}
+#: After so many pieces others get their turn.
+_PIECES_A_TURN: Final = {"application": 1, "resync": 4}
+DEFAULT: Final = ResyncConfig()
 ENTRY_COST: Final = 4 << 10
 _MAX_XATTRS: Final = 3 << 20
 _COMPARE_PIECE: Final = 4 << 20
@@ -33,26 +39,46 @@ class Sender:
     A piece of data is what stands in the file at that point of the stream: no `await` between the read that counts and `put`.
     """
 
-    def __init__(self, tree: Tree, stream: Stream) -> None:
+    kind: str
+
+    def __init__(self, tree: Tree, stream: Stream, settings: ResyncConfig = DEFAULT) -> None:
         self.tree = tree
         self.stream = stream
         self.files_done = self.bytes_done = 0
         self.bytes_sent = self.bytes_compared = 0
         self.files_found = self.bytes_found = 0
-        self._began = trio.current_time()
+        self._meter = Meter(trio.current_time())
+        self._bucket = Bucket(settings.rate_limit_bytes_per_s)
+        self._max_in_flight = _MAX_IN_FLIGHT[settings.priority]
+        self._pieces_a_turn = _PIECES_A_TURN[settings.priority]
+        self._pieces = 0
         self._compared: dict[int, tuple[trio.Event, list[bytes]]] = {}
         self._on_the_way: deque[tuple[int, int]] = deque()
         self._on_the_way_bytes = 0
 
     @property
-    def bytes_left(self) -> int:
-        """How much is still to be sent or compared, as far as is known yet."""
-        return max(self.bytes_found - self.bytes_done, 0)
+    def expected(self) -> tuple[int, int] | None:
+        """How many bytes and files there are to be sent or compared in all; None while nobody knows."""
+        raise NotImplementedError
 
     @property
-    def rate(self) -> float:
-        """Bytes a second since the beginning."""
-        return self.bytes_done / max(trio.current_time() - self._began, 0.001)
+    def progress(self) -> Progress:
+        """How far this has come."""
+        expected = self.expected
+        bytes_found, files_found = expected or (self.bytes_found, self.files_found)
+        return Progress.of(
+            self.kind,
+            bytes_done=self.bytes_done,
+            bytes_found=bytes_found,
+            files_done=self.files_done,
+            files_found=files_found,
+            totals_are_known=expected is not None,
+            rate=self._meter.rate(trio.current_time(), self.bytes_done),
+        )
+
+    def settle_estimate(self, estimated_bytes: int, done_before_bytes: int) -> None:
+        """A file is done that was counted with an estimate, when so many bytes were done: count what it came to."""
+        self.bytes_found += self.bytes_done - done_before_bytes - estimated_bytes
 
     def xattrs_of(self, known: Known) -> tuple[tuple[bytes, bytes], ...]:
         """The extended attributes of a file; E2BIG if they do not fit into one message."""
@@ -120,6 +146,10 @@ class Sender:
         finally:
             self.tree.table.let_go(known)
 
+    async def limit(self, cost_bytes: int) -> None:
+        """Wait until so much more may be read or sent (`rate_limit`)."""
+        await self._bucket.take(cost_bytes)
+
     async def compare_range(self, known: Known, start: int, end: int) -> None:
         """Compare a range by hashes and send the blocks that differ; a long hole is told and not compared."""
         pieces: deque[tuple[int, int, int]] = deque()
@@ -132,6 +162,9 @@ class Sender:
                     offset = last
                     continue
                 size = min(_COMPARE_PIECE, end - offset)
+                await self.limit(size)
+                if known.gone or self.stream.broken:
+                    break
                 sequence = self.stream.put(ops.Compare(known.id, offset, size))
                 self._compared[sequence] = (trio.Event(), [])
                 pieces.append((sequence, offset, size))
@@ -171,11 +204,15 @@ class Sender:
             answered.set()
 
     async def pace(self, cost: int = ENTRY_COST) -> None:
-        """Leave room for the application: bound what is on its way, and give others their turn."""
+        """Leave room for the application: bound what is on its way and the rate, and give others their turn."""
+        self._meter.note(trio.current_time(), self.bytes_done)
+        await self.limit(cost)
         self._on_the_way.append((self.stream.sent, cost))
         self._on_the_way_bytes += cost
-        while self._on_the_way_bytes > _MAX_IN_FLIGHT and not self.stream.broken:
+        while self._on_the_way_bytes > self._max_in_flight and not self.stream.broken:
             sequence, size = self._on_the_way.popleft()
             await self.stream.applied(sequence)
             self._on_the_way_bytes -= size
-        await trio.lowlevel.checkpoint()
+        self._pieces += 1
+        if self._pieces % self._pieces_a_turn == 0:
+            await trio.lowlevel.checkpoint()
