@@ -48,8 +48,11 @@ class Maker:
         for name in self.tree.xattrs(known):
             if name not in xattrs:
                 self.tree.apply(ops.RemoveXattr(known.id, name))
-        self.tree.apply(ops.SetAttributes(known.id, uid=wanted.uid, gid=wanted.gid))
-        if not stat.S_ISLNK(wanted.mode):
+        status = self.tree.stat(known)
+        if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
+            self.tree.apply(ops.SetAttributes(known.id, uid=wanted.uid, gid=wanted.gid))
+            status = self.tree.stat(known)  # chown(2) clears special bits
+        if not stat.S_ISLNK(wanted.mode) and stat.S_IMODE(status.st_mode) != stat.S_IMODE(wanted.mode):
             self.tree.apply(ops.SetAttributes(known.id, mode=wanted.mode))
         for name, value in xattrs.items():
             self.tree.apply(ops.SetXattr(known.id, name, value))

@@ -30,6 +30,8 @@ _MAX_XATTRS: Final = 3 << 20
 _COMPARE_PIECE: Final = 4 << 20
 #: Hashes of so many pieces may be under way.
 _COMPARES: Final = 4
+#: After so long the application gets its turn.
+_TURN_S: Final = 0.001
 _LONG_HOLE: Final = 1 << 20
 
 
@@ -53,6 +55,7 @@ class Sender:
         self._pieces_a_turn = _PIECES_A_TURN[settings.priority]
         self._pieces = 0
         self._compared: dict[int, tuple[trio.Event, list[bytes]]] = {}
+        self._turn = 0.0
         self._on_the_way: deque[tuple[int, int]] = deque()
         self._on_the_way_bytes = 0
 
