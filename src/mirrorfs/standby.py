@@ -100,6 +100,8 @@ class Standby:
                     self._nursery.start_soon(self._save_activity)
                 case _:
                     self._apply(operation)
+                    if isinstance(operation, ops.NamesEqual) and isinstance(self.target, Returning):
+                        await self.target.empty_aside()
         except PartialChangeError as partly:
             await self._diverged(operation, frame.sequence, partly.error)
         except OSError as error:

@@ -11,9 +11,11 @@ import os
 import stat
 from typing import Final
 
+import trio
+
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
-from mirrorfs.resync.making import Maker
+from mirrorfs.resync.making import Maker, empty_orphans
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -153,6 +155,22 @@ class Returning(Maker):
             raise OSError(errno.EPROTO, f"directory {known.id:x} stands elsewhere")
         else:
             self.tree.apply(ops.Link(known.id, entry.parent, entry.name))
+
+    async def empty_aside(self) -> None:
+        """The names are equal: what still waits aside has no name at the source, and its room is needed."""
+        await trio.to_thread.run_sync(empty_orphans, self.orphans)
+        for number in self._aside:
+            known = self.tree.table.find(number)
+            if known is not None and not self._has_names(known):
+                known.gone = True
+                self.tree.table.drop_unused(known)
+        self._aside.clear()
+
+    def _has_names(self, known: Known) -> bool:
+        try:
+            return self.tree.stat(known).st_nlink > 0
+        except OSError:
+            return False  # its descriptor was closed meanwhile, and its handle leads to nothing any more
 
     # ---- data
 
