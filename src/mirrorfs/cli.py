@@ -5,23 +5,28 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mirrorfs import __version__, control
 from mirrorfs import config as configuration
 from mirrorfs.config import Config
-from mirrorfs.errors import ConfirmationNeededError, MirrorfsError
+from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
+
+if TYPE_CHECKING:
+    from mirrorfs.lost import LostStore
 
 _INTERRUPTED = 130
 _WATCH_INTERVAL_S = 1.0
 _STATUS_TIMEOUT_S = 10.0
+#: Data is copied or read meanwhile.
+_LONG_S = 24 * 3600.0
 
 app = typer.Typer(
     name="mirrorfs",
@@ -35,6 +40,12 @@ app = typer.Typer(
 )
 journal_app = typer.Typer(help="What this node keeps outside the tree, on disk.", no_args_is_help=True)
 app.add_typer(journal_app, name="journal")
+split_app = typer.Typer(help="Two nodes that both acknowledged changes alone.", no_args_is_help=True)
+app.add_typer(split_app, name="split-brain")
+lost_app = typer.Typer(
+    help="Versions of files that are kept aside on this node, also while it does not run.", no_args_is_help=True
+)
+app.add_typer(lost_app, name="lost")
 app.add_typer(lab_app, name="lab")
 app.command()(demo)
 app.command()(bench)
@@ -49,6 +60,9 @@ _NodeName = Annotated[
 ]
 _Yes = Annotated[bool, typer.Option("--yes", help="The other node is dead or did not go on alone: do not ask.")]
 _Force = Annotated[bool, typer.Option("--force", help="Even if acknowledged writes may be lost.")]
+_Json = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
+_Sure = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+_All = Annotated[bool, typer.Option("--all", help="All that are kept, in place of one ID.")]
 _MountPoint = Annotated[Path, typer.Argument(metavar="PATH")]
 
 
@@ -206,6 +220,34 @@ def status(
 
 
 @app.command()
+def verify(
+    context: typer.Context,
+    repair: Annotated[bool, typer.Option("--repair", help="Replace what differs by what the node of --from has.")] = False,
+    good: Annotated[str, typer.Option("--from", metavar="NODE", help="Whose data is right.")] = "",
+    rate: Annotated[
+        str,
+        typer.Option("--rate", metavar="RATE", help='At most so many bytes a second, as in "50MiB/s". Default: [verify] rate.'),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON at the end.")] = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Compare both nodes' trees while they are used. Exit status 1 if they differ, also if that was repaired."""
+    if repair != bool(good):
+        raise UsageError("--repair needs --from NODE, whose data is right, and --from needs --repair")
+    try:
+        rate_bytes_per_s = configuration.rate_bytes_per_s(rate) if rate else 0
+    except ValueError as error:
+        raise UsageError(f"--rate: {error}") from None
+    loaded = _load(context, config, node)
+
+    from mirrorfs import verify_show
+
+    control.request(loaded.node.control, "verify", good=good, rate=rate_bytes_per_s)
+    raise typer.Exit(verify_show.follow(loaded.node.control, as_json=as_json))
+
+
+@app.command()
 def release(context: typer.Context, path: _MountPoint, config: _ConfigFile = None, node: _NodeName = None) -> None:
     """Give PATH back: its files stand there again as before mirrorfs. Nothing may be mounted on it."""
     chosen: _Chosen = context.obj
@@ -234,17 +276,136 @@ def show(
     raise typer.Exit(1 if journal_show.is_damaged(found) else 0)
 
 
+@split_app.command("show")
+def show_split_brain(
+    context: typer.Context, as_json: _Json = False, config: _ConfigFile = None, node: _NodeName = None
+) -> None:
+    """Show which files and bytes differ by side. Both nodes have to be connected."""
+    loaded = _load(context, config, node)
+    found = control.request(loaded.node.control, "split-brain-show", timeout_s=_LONG_S, offset=0)
+    while len(found["differences"]) < found["total"]:
+        offset = len(found["differences"])
+        more = control.request(loaded.node.control, "split-brain-show", timeout_s=_LONG_S, offset=offset)
+        found["differences"] += more["differences"]
+        found["total"] = more["total"]
+
+    from mirrorfs import split_brain_show
+
+    print(json.dumps(found) if as_json else split_brain_show.in_words(found))
+
+
+@split_app.command()
+def resolve(
+    context: typer.Context,
+    keep: Annotated[str, typer.Option(metavar="NODE", help="The node whose history is kept; the other one's is set aside.")],
+    yes: _Sure = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Keep the history of one node. What the other one changed is kept there (`mirrorfs lost`), then it becomes a copy."""
+    loaded = _load(context, config, node)
+    _confirmed(lambda sure: print(_resolve(loaded, keep, yes=sure)), yes, "Keep that history?")
+
+
+def _resolve(loaded: Config, keep: str, *, yes: bool) -> str:
+    try:
+        done = control.request(loaded.node.control, "split-brain-resolve", timeout_s=_LONG_S, keep=keep, yes=yes)
+        return str(done["message"])
+    except control.NotRunningError:
+        if loaded.peer is None or keep != loaded.peer.name:
+            raise
+
+    from mirrorfs.yielding import give_up_offline
+
+    return give_up_offline(loaded, keep, yes=yes)
+
+
+@lost_app.command("list")
+def list_lost(context: typer.Context, as_json: _Json = False, config: _ConfigFile = None, node: _NodeName = None) -> None:
+    """List what is kept, and why."""
+    entries = _lost(_load(context, config, node)).entries()
+
+    from mirrorfs import split_brain_show
+
+    print(json.dumps(split_brain_show.lost_in_values(entries)) if as_json else split_brain_show.lost_in_words(entries))
+
+
+@lost_app.command()
+def export(
+    context: typer.Context,
+    what: Annotated[list[str], typer.Argument(metavar="[ID] DEST")],
+    *,
+    every: _All = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Copy one version to DEST, or all below it. Of a large file, it may be only the bytes that were changed."""
+    if len(what) != (1 if every else 2):
+        raise UsageError("give an ID and a destination, or --all and a destination")
+    store, destination = _lost(_load(context, config, node)), Path(what[-1]).absolute()
+    if every:
+        print(f"{store.export_all(destination)} versions are in {destination}")
+    else:
+        print(store.export(what[0], destination))
+
+
+@lost_app.command()
+def drop(
+    context: typer.Context,
+    what: Annotated[list[str] | None, typer.Argument(metavar="[ID]...")] = None,
+    *,
+    every: _All = False,
+    yes: _Sure = False,
+    config: _ConfigFile = None,
+    node: _NodeName = None,
+) -> None:
+    """Delete versions that are kept, for good."""
+    if bool(what) == every:
+        raise UsageError("give one or more IDs, or --all")
+    store = _lost(_load(context, config, node))
+
+    def drop_them(sure: bool) -> None:
+        if not sure:
+            count = len(what or store.entries())
+            raise ConfirmationNeededError(f"{count} versions of files will be deleted for good (--yes does it)")
+        print(f"{store.drop(None if every else what)} versions are deleted")
+
+    _confirmed(drop_them, yes, "Delete them?")
+
+
+def _lost(loaded: Config) -> "LostStore":
+    """The store of the node that runs here, or of the directory that it last ran on."""
+    from mirrorfs.lost import LostStore
+    from mirrorfs.yielding import place_of
+
+    try:
+        directory = Path(control.request(loaded.node.control, "lost")["directory"])
+    except control.NotRunningError:
+        directory = place_of(loaded) / "lost"
+    try:
+        # Held by this process, so that an end of the node in the middle changes nothing.
+        return LostStore(Path(f"/proc/self/fd/{os.open(directory, os.O_RDONLY | os.O_DIRECTORY)}"))
+    except OSError as error:
+        raise MirrorfsError(f"{directory}: cannot be reached: {error.strerror}") from error
+
+
 def _ask_first(config: Config, command: str, question: str, *, yes: bool, **arguments: bool) -> None:
     """Run a command that may need a person's word, asking for it on a terminal."""
+    _confirmed(
+        lambda sure: print(control.request(config.node.control, command, yes=sure, **arguments)["message"]), yes, question
+    )
+
+
+def _confirmed(action: Callable[[bool], None], yes: bool, question: str) -> None:
+    """Do what may need a person's word, asking for it on a terminal."""
     try:
-        answer = control.request(config.node.control, command, yes=yes, **arguments)
+        action(yes)
     except ConfirmationNeededError as error:
         if yes or not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise
         if not typer.confirm(f"{error}\n{question}"):
             raise typer.Exit(error.exit_status) from None
-        answer = control.request(config.node.control, command, yes=True, **arguments)
-    print(answer["message"])
+        action(True)
 
 
 def _configure_logging() -> None:

@@ -26,8 +26,9 @@ _VOLUME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # dots, so that a full host name can be one; safe in file names
 _HOST_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
-_UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+_UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _LONGEST_DURATION_S = 24 * 3600.0
+_LONGEST_SCHEDULE_S = 366 * 24 * 3600.0
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z/]*)")
 _RATE_UNITS = {"KiB/s": 2.0**10, "MiB/s": 2.0**20, "GiB/s": 2.0**30}
 _LOWEST_RATE = 2.0**10
@@ -76,6 +77,14 @@ class ResyncConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifyConfig:
+    """How fast both trees are compared, on each node, and how often by itself; None is never."""
+
+    rate_bytes_per_s: float = 50 * 2.0**20
+    every_s: float | None = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The file as this node reads it. Without a peer the node runs alone."""
 
@@ -85,6 +94,7 @@ class Config:
     peer: NodeConfig | None
     replication: ReplicationConfig
     resync: ResyncConfig = ResyncConfig()
+    verify: VerifyConfig = VerifyConfig()
 
 
 def find(explicit: Path | None, directory: Path = DIRECTORY) -> Path:
@@ -128,13 +138,13 @@ def load(file: Path, node: str | None = None) -> Config:
     named_in_file = top.take("node", str)
     backing = top.take_path("backing")
     parts = top.take_table("nodes")
-    replication, resync = top.take_table("replication"), top.take_table("resync")
+    replication, resync, verify = (top.take_table(name) for name in ("replication", "resync", "verify"))
     top.reject_rest()
 
     nodes = _read_nodes(top, parts, volume, backing)
     own = _own_name(top, tuple(nodes), node, named_in_file)
     peer = next((part for name, part in nodes.items() if name != own), None)
-    for name, table in (("replication", replication), ("resync", resync)):
+    for name, table in (("replication", replication), ("resync", resync), ("verify", verify)):
         if peer is None and table is not None:
             raise top.error(
                 "nodes",
@@ -148,7 +158,30 @@ def load(file: Path, node: str | None = None) -> Config:
         peer=peer,
         replication=ReplicationConfig() if replication is None else _read_replication(replication),
         resync=ResyncConfig() if resync is None else _read_resync(resync),
+        verify=VerifyConfig() if verify is None else _read_verify(verify),
     )
+
+
+def rate_bytes_per_s(text: str) -> float:
+    """A rate such as "50MiB/s", infinite for "none"; ValueError, with what is wrong with it, if it is none."""
+    if text == "none":
+        return math.inf
+    match = _RATE.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f'{_shown(text)} is not a rate, write a number and a unit, as in "100MiB/s" (KiB/s, MiB/s, GiB/s), or "none"'
+        )
+    number, unit = match.groups()
+    if not unit:
+        raise ValueError(f'{_shown(text)} has no unit, write it as in "{number}MiB/s" (KiB/s, MiB/s, GiB/s)')
+    if unit not in _RATE_UNITS:
+        raise ValueError(f"{_shown(unit)} is not a unit, use KiB/s, MiB/s or GiB/s")
+    rate = float(number) * _RATE_UNITS[unit]
+    if rate < _LOWEST_RATE:
+        raise ValueError(f"{_shown(text)} would never end, make it 1KiB/s or more")
+    if rate > _HIGHEST_RATE:
+        raise ValueError(f'{_shown(text)} limits nothing, make it 1024GiB/s or less, or "none"')
+    return rate
 
 
 def with_backing(config: Config, backing: Path) -> Config:
@@ -193,47 +226,42 @@ class _Table:
             raise self.error(key, f"{_shown(value)} is not an absolute path, begin it with /")
         return Path(value)
 
-    def take_duration_s(self, key: str, default_s: float) -> float:
+    def take_duration_s(self, key: str, default_s: float, longest_s: float = _LONGEST_DURATION_S) -> float:
         value = self.take(key, str, ' with a unit, as in "2s"')
         if value is None:
             return default_s
         match = _DURATION.fullmatch(value)
         if match is None:
-            raise self.error(key, f'{_shown(value)} is not a duration, write a number and a unit, as in "2s" (ms, s, min, h)')
-        number, unit = match.groups()
-        if not unit:
-            raise self.error(key, f'{_shown(value)} has no unit, write it as in "{number}s" (ms, s, min, h)')
-        if unit not in _UNITS_S:
-            raise self.error(key, f"{_shown(unit)} is not a unit, use ms, s, min or h")
-        seconds = float(number) * _UNITS_S[unit]
-        if seconds <= 0:
-            raise self.error(key, f"{_shown(value)} is no time at all, make it longer than 0")
-        if seconds > _LONGEST_DURATION_S:
-            raise self.error(key, f"{_shown(value)} is too long, make it 24h or less")
-        return seconds
-
-    def take_rate(self, key: str) -> float:
-        """Bytes a second; infinite for "none", the default."""
-        value = self.take(key, str, ' with a unit, as in "100MiB/s"')
-        if value is None or value == "none":
-            return math.inf
-        match = _RATE.fullmatch(value)
-        if match is None:
             raise self.error(
-                key,
-                f'{_shown(value)} is not a rate, write a number and a unit, as in "100MiB/s" (KiB/s, MiB/s, GiB/s), or "none"',
+                key, f'{_shown(value)} is not a duration, write a number and a unit, as in "2s" (ms, s, min, h, d)'
             )
         number, unit = match.groups()
         if not unit:
-            raise self.error(key, f'{_shown(value)} has no unit, write it as in "{number}MiB/s" (KiB/s, MiB/s, GiB/s)')
-        if unit not in _RATE_UNITS:
-            raise self.error(key, f"{_shown(unit)} is not a unit, use KiB/s, MiB/s or GiB/s")
-        rate = float(number) * _RATE_UNITS[unit]
-        if rate < _LOWEST_RATE:
-            raise self.error(key, f"{_shown(value)} would never end, make it 1KiB/s or more")
-        if rate > _HIGHEST_RATE:
-            raise self.error(key, f'{_shown(value)} limits nothing, make it 1024GiB/s or less, or "none"')
-        return rate
+            raise self.error(key, f'{_shown(value)} has no unit, write it as in "{number}s" (ms, s, min, h, d)')
+        if unit not in _UNITS_S:
+            raise self.error(key, f"{_shown(unit)} is not a unit, use ms, s, min, h or d")
+        seconds = float(number) * _UNITS_S[unit]
+        if seconds <= 0:
+            raise self.error(key, f"{_shown(value)} is no time at all, make it longer than 0")
+        if seconds > longest_s:
+            longest = "24h" if longest_s == _LONGEST_DURATION_S else f"{longest_s / _UNITS_S['d']:g}d"
+            raise self.error(key, f"{_shown(value)} is too long, make it {longest} or less")
+        return seconds
+
+    def take_schedule_s(self, key: str, default_s: float | None) -> float | None:
+        """A duration, or None for "off"."""
+        if self._rest.get(key) == "off":
+            self.take(key, str)
+            return None
+        return self.take_duration_s(key, 0, _LONGEST_SCHEDULE_S) or default_s
+
+    def take_rate(self, key: str, default: float = math.inf) -> float:
+        """Bytes a second; infinite for "none"."""
+        value = self.take(key, str, ' with a unit, as in "100MiB/s"')
+        try:
+            return default if value is None else rate_bytes_per_s(value)
+        except ValueError as error:
+            raise self.error(key, str(error)) from None
 
     def take_choice(self, key: str, choices: Sequence[str], default: str) -> str:
         value = self.take(key, str)
@@ -347,6 +375,16 @@ def _read_resync(table: _Table) -> ResyncConfig:
     )
     table.reject_rest()
     return resync
+
+
+def _read_verify(table: _Table) -> VerifyConfig:
+    default = VerifyConfig()
+    verify = VerifyConfig(
+        rate_bytes_per_s=table.take_rate("rate", default.rate_bytes_per_s),
+        every_s=table.take_schedule_s("every", default.every_s),
+    )
+    table.reject_rest()
+    return verify
 
 
 def _own_name(top: _Table, names: Sequence[str], asked: str | None, named_in_file: str | None) -> str:

@@ -17,7 +17,7 @@ from mirrorfs.core.dirty import is_quick
 from mirrorfs.core.epochs import Hello, Member, Standing
 from mirrorfs.core.modes import Mode
 from mirrorfs.core.wire import Frame, Kind
-from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+from mirrorfs.errors import JournalError, LinkLostError, MirrorfsError, ProtocolError
 from mirrorfs.peer import Link
 from mirrorfs.resync import reports
 from mirrorfs.resync.full import Target
@@ -62,6 +62,11 @@ class Conversation:
             await task(*arguments)
         except LinkLostError as error:
             link.close(str(error))
+        except JournalError:
+            # The node ends and says why, as `Keeper.failed` has it. The other one is not lost: nothing goes on without it.
+            if self._node.primary is not None:
+                self._node.primary.retire()
+            link.close("this node ends")
         except MirrorfsError as error:
             log.error("%s: the connection is ended: %s", who, error)
             link.close(str(error))
@@ -90,6 +95,7 @@ class Conversation:
         node = self._node
         match self._verdict:
             case epochs.Wait(reason):
+                node.split_brain = ""
                 node.explain(reason)
                 node.tell_once(reason)
             case epochs.SplitBrain(reason, stops):
@@ -110,7 +116,7 @@ class Conversation:
 
     async def _split(self, reason: str, stops: str) -> None:
         node = self._node
-        node.split_brain = f"split brain: {reason}; neither side's data is touched"
+        node.split_brain = f"split brain: {reason}; neither side's data is touched (`mirrorfs split-brain show`)"
         node.tell_once(node.split_brain)
         if node.primary is not None and stops == node.name and self._theirs.serving:
             await node.stop_leading(node.split_brain)
@@ -130,12 +136,15 @@ class Conversation:
             return
         if node.primary is not None and node.primary.on_frame(frame):
             return
+        if node.split.handles(frame):
+            node.split.on_frame(frame, self._link, lambda task, link: nursery.start_soon(self._guarded, task, link))
+            return
         match frame.kind:
             case Kind.SPACE:
                 node.peer_space = Space.unpack(wire.message(frame))
             case Kind.PROGRESS:
                 node.peer_progress = Progress.unpack(wire.message(frame))
-            case Kind.ACK | Kind.FLUSHED:
+            case Kind.ACK | Kind.FLUSHED | Kind.ANSWER:
                 pass  # of a stream that has ended
             case Kind.FOLLOW:
                 content = wire.message(frame)
@@ -271,6 +280,7 @@ class Conversation:
             self._link,
             node.nursery,
             target=(Returning if quick else Target)(node.tree, node.orphans),
+            lost=node.lost,
             before_first=trio.lowlevel.checkpoint,
         )
         node.enter(f"{'catching up with' if quick else 'copying from'} {self._theirs.node}")

@@ -107,6 +107,21 @@ class Daemon:
                 return {"message": await node.pausing.begin(yes=bool(arguments.get("yes")))}
             case "resume":
                 return {"message": await node.pausing.resume()}
+            case "split-brain-show":
+                return await node.split.show(int(arguments.get("offset", 0)))
+            case "split-brain-resolve":
+                return {"message": await node.split.resolve(str(arguments.get("keep")), yes=bool(arguments.get("yes")))}
+            case "lost":
+                # The commands use it by themselves, through a descriptor of this process: its path lies under the mount.
+                return {"directory": f"/proc/{os.getpid()}/fd/{self._under.lost}"}
+            case "verify":
+                node.verifier.start(good=str(arguments.get("good", "")), rate_bytes_per_s=float(arguments.get("rate", 0)))
+                return {}
+            case "verify-look":
+                return node.verifier.look(int(arguments.get("since", 0)))
+            case "verify-stop":
+                node.verifier.stop()
+                return {}
             case "unmount":
                 return {"message": await self._unmount(node)}
             case _:
@@ -152,6 +167,7 @@ def run(config: Config, path: Path, *, discard_local_data: bool) -> None:
     try:
         under = backing.adopt(path, config.node.backing)
         try:
+            journal.save_place(str(under.base))
             trio.run(_run, config, path, under, journal, DirtyLog(state), discard_local_data)
         finally:
             under.close()

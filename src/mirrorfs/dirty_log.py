@@ -19,7 +19,7 @@ import msgpack
 
 from mirrorfs.core.dirty import END, EXTENT, Attributes, Entry, Extents, Head, Located, Names
 from mirrorfs.errors import DirtyLogDamagedError, JournalError
-from mirrorfs.journal import check_written, no_fault, replace_file, sync_directory, write_error
+from mirrorfs.journal import check_written, make_durable, no_fault, replace_file, write_error
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class DirtyLog:
         contents = read(self.path)
         if contents is None:
             return None
-        self._make_durable()
+        make_durable(self.path, self._at)
         self.close()
         self._salt = contents.salt
         self._size_bytes = self._rewritten_bytes = contents.size_bytes
@@ -96,20 +96,6 @@ class DirtyLog:
         if self._torn:
             log.info("%s: ends in %d bytes of a write that a crash cut short, they are cut off", self.path, contents.torn_bytes)
         return contents.head, contents.entries
-
-    def _make_durable(self) -> None:
-        """A process that was killed may have left what was read in the page cache only: marks count once they are on disk."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                self._at(f"{NAME}:fsync")
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            self._at(f"{NAME}:fsync-directory")
-            sync_directory(self.path.parent)
-        except OSError as error:
-            raise write_error(self.path, error) from error
 
     def rewrite(self, head: Head, entries: Iterable[Entry]) -> None:
         """Put a new log in the place of the old one, durably; what is appended from now on goes to the new one.

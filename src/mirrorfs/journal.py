@@ -49,6 +49,21 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_durable(path: Path, at: Callable[[str], None]) -> None:
+    """What was read of `path` counts only after this: a process that was killed may have left it in the page cache."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            at(f"{path.name}:fsync")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        at(f"{path.name}:fsync-directory")
+        sync_directory(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def replace_file(path: Path, chunks: Iterable[bytes], at: Callable[[str], None]) -> int:
     """Put a new file in the place of `path`, durably; a descriptor for writing to it, which the caller closes.
 
@@ -85,6 +100,13 @@ class SafeFile:
         self._at = at
 
     def load(self) -> Any:
+        """As `read`, and durably so: whoever acts on it must find it again, also after a power loss."""
+        content = self.read()
+        if content is not None:
+            make_durable(self.path, self._at)
+        return content
+
+    def read(self) -> Any:
         """The content as last saved, None if there is none; JournalError if it is damaged or of a newer version."""
         try:
             with open(self.path, "rb") as stream:
@@ -128,6 +150,7 @@ class Journal:
         self._directory = directory
         self._record = SafeFile(directory / "record", at)
         self._ids = SafeFile(directory / "ids", at)
+        self._place = SafeFile(directory / "place", at)
 
     @property
     def file(self) -> Path:
@@ -140,11 +163,13 @@ class Journal:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise JournalError(f"{self._directory}: cannot be made: {error.strerror}") from error
-        return self.read() or epochs.Record()
+        return self._unpacked(self._record.load()) or epochs.Record()
 
     def read(self) -> epochs.Record | None:
-        """As `load`, but makes nothing: None if there is no record."""
-        content = self._record.load()
+        """As `load`, but makes nothing, and nothing durable: None if there is no record."""
+        return self._unpacked(self._record.read())
+
+    def _unpacked(self, content: Any) -> epochs.Record | None:
         if content is None:
             return None
         try:
@@ -156,13 +181,25 @@ class Journal:
         """Make `record` durable; JournalError if it is not, and then the old one stands or the new one: the node must end."""
         self._record.save(epochs.pack_record(record))
 
+    def read_place(self) -> str | None:
+        """Where the files underneath were when the node last ran; None if it never did."""
+        content = self._place.read()
+        return content if isinstance(content, str) else None
+
+    def save_place(self, base: str) -> None:
+        """Note where the files underneath are, for commands that are run while the node is not."""
+        if self.read_place() != base:
+            self._place.save(base)
+
     def load_ids(self) -> int:
         """Counters of file ids below this one may have been used."""
-        return self.read_ids() or 0
+        return self._number(self._ids.load()) or 0
 
     def read_ids(self) -> int | None:
-        """As `load_ids`; None if that was never recorded."""
-        content = self._ids.load()
+        """As `load_ids`, but makes nothing durable; None if that was never recorded."""
+        return self._number(self._ids.read())
+
+    def _number(self, content: Any) -> int | None:
         if content is not None and not isinstance(content, int):
             raise JournalError(f"{self._ids.path}: damaged: it holds no number. {_ADVICE}")
         return content

@@ -85,7 +85,7 @@ class Keeper:
             epoch = Epoch(number, os.urandom(8).hex(), primary, in_sync, forced, time.time())
             fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch)
             if standing is not None:
-                fresh = replace(fresh, standing=standing, reason="")
+                fresh = replace(fresh, standing=standing, reason="", yields_to="")
             if paused:
                 fresh = replace(fresh, paused_at=epoch.began)
             return replace(fresh, wrote=fresh.wrote | {epoch.tag}) if wrote else fresh
@@ -123,8 +123,13 @@ class Keeper:
                 standing=standing,
                 reason=reason,
                 paused_at=0.0,
+                yields_to="",
             )
         )
+
+    async def yield_to(self, winner: str, reason: str) -> None:
+        """Give this node's history up for that of the other: nothing that it acknowledged alone counts any more."""
+        await self._save(lambda record: record.yielding(winner, reason))
 
     async def stand(self, standing: Standing, reason: str) -> None:
         """Record what this node knows of its own tree."""

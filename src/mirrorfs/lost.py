@@ -285,10 +285,13 @@ class LostStore:
         dropped = self.entries() if identities is None else [self._entry(identity) for identity in identities]
         for entry in dropped:
             place = self._object(entry)
-            if entry.kind == "directory":
-                place.rmdir()
-            else:
-                place.unlink()
+            try:
+                if entry.kind == "directory":
+                    place.rmdir()
+                else:
+                    place.unlink()
+            except OSError as error:
+                raise MirrorfsError(f"{entry.id}: cannot be dropped: {error.strerror}") from error
         for number in {int(entry.id.partition(".")[0]) for entry in dropped}:
             if not any(self._entries_of(number)):
                 self._remove(number)
@@ -358,15 +361,16 @@ class Batch:
         return self.number
 
     def abort(self) -> None:
-        """Keep nothing of it."""
-        self._close()
-        shutil.rmtree(self._place, ignore_errors=True)
+        """Keep nothing of it; after `commit`, nothing happens."""
+        if self._directory >= 0:
+            self._close()
+            shutil.rmtree(self._place, ignore_errors=True)
 
     def _close(self) -> None:
-        if self._directory >= 0:
+        with suppress(OSError):  # a full disk, which was told already
             self._manifest.close()
-            os.close(self._directory)
-            self._directory = -1
+        os.close(self._directory)
+        self._directory = -1
 
 
 # ---- copies

@@ -7,9 +7,11 @@ durable before it shows.
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -29,14 +31,17 @@ from mirrorfs.errors import (
 )
 from mirrorfs.fuse_ops import FuseOperations
 from mirrorfs.keeper import Keeper
+from mirrorfs.lost import LostStore
 from mirrorfs.pausing import Pausing
 from mirrorfs.peer import Link, dial, greet, listen
 from mirrorfs.promotion import Promotion
 from mirrorfs.replication import Primary
 from mirrorfs.resync.progress import Progress
 from mirrorfs.space import Space
+from mirrorfs.split_brain import SplitBrain
 from mirrorfs.standby import Standby
 from mirrorfs.tree import Tree, no_finder, no_new_ids
+from mirrorfs.verify.verifier import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +71,9 @@ class Node:
         self.reign = 0
         self.operations = FuseOperations(self.tree, self)
         self.name = config.node.name
+        self.root = under.tree
         self.orphans = under.orphans
+        self.lost = LostStore(Path(f"/proc/self/fd/{under.lost}"))  # its path lies under the mount
         self._under = under
         self.nursery = nursery
         self.discard_local_data = discard_local_data
@@ -83,7 +90,9 @@ class Node:
         self.setbacks = 0
         self._told: set[str] = set()
         self.promotion = Promotion(self)
+        self.split = SplitBrain(self)
         self.pausing = Pausing(self)
+        self.verifier = Verifier(self, config.node.state_dir)
         self.role_changed = trio.Event()
         self.verdict: epochs.Verdict | None = None
         volume = bytes.fromhex(keeper.record.volume_id)
@@ -274,6 +283,10 @@ class Node:
         try:
             await Conversation(self, link, verdict, mine, theirs).run()
         finally:
+            if trio.current_effective_deadline() == -math.inf and self.primary is not None:
+                # It is this node that ends, whatever the reason: the peer is not lost, and may be promoted with all that was
+                # acknowledged. What still waits must not be acknowledged by an epoch in which this node is alone.
+                self.primary.retire()
             link.close()
             with trio.CancelScope(shield=True):
                 await self._link_ended(str(link.failure))
@@ -295,6 +308,7 @@ class Node:
 
     async def _link_ended(self, reason: str) -> None:
         self.link, self.peer_space, self.peer_progress, self.verdict = None, None, None, None
+        self.split.link_ended()
         self.peer_joined = False
         self.peer_lost_at = time.strftime("%Y-%m-%d %H:%M:%S")
         primary = self.primary
@@ -323,6 +337,7 @@ class Node:
             self.enter(f"{self.pausing.reason}; `mirrorfs promote` makes it serve again if {self.peer_name} cannot be asked")
         nursery.start_soon(self._housekeeping)
         nursery.start_soon(self._sync_idle)
+        nursery.start_soon(self.verifier.keep_schedule)
         if peer is None:
             await self._begin_alone()
         elif own.name < peer.name:

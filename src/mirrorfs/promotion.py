@@ -9,7 +9,7 @@ import trio
 from mirrorfs.core import epochs
 from mirrorfs.core.epochs import Member, Standing
 from mirrorfs.core.wire import Kind
-from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, ProtocolError, RefusedError
+from mirrorfs.errors import ConfirmationNeededError, JournalError, MirrorfsError, ProtocolError, RefusedError
 from mirrorfs.peer import Link
 from mirrorfs.standby import Standby
 
@@ -33,7 +33,8 @@ class Promotion:
         try:
             await self.hand_over()
         except MirrorfsError as error:
-            log.warning("not handed over: %s", error)
+            if not isinstance(error, JournalError):  # then the node ends and says why
+                log.warning("not handed over: %s", error)
             if self._node.link is not None:
                 self._node.link.send_message(Kind.REFUSED, str(error))
 
@@ -66,7 +67,14 @@ class Promotion:
         invalidated = trio.Event()
         if node.link is link and not disk_failed:
             node.standby = Standby(
-                node.tree, node.keeper, node.activity, link, node.nursery, target=None, before_first=invalidated.wait
+                node.tree,
+                node.keeper,
+                node.activity,
+                link,
+                node.nursery,
+                target=None,
+                lost=node.lost,
+                before_first=invalidated.wait,
             )
         node.tree.table.begin_era()
         try:

@@ -77,15 +77,20 @@ class Primary:
 
     # ---- what fuse_ops calls
 
-    async def change(self, change: ops.Change, target: Known | None = None) -> Any:
+    async def change(
+        self, change: ops.Change, target: Known | None = None, *, only_if: Callable[[], bool] = lambda: True
+    ) -> Any:
         """Make a change on both nodes and return what `Tree.apply` returns for it.
 
         A file that was made stays known until the next `await` of the caller, who tells the kernel of it before that.
-        `target` is the file that a change of data or attributes is for. Raises OSError as the backing store gives it,
-        NotPrimaryError, or FrozenError after `freeze_timeout`.
+        `target` is the file that a change of data or attributes is for. Unless `only_if` holds at the moment at which it would
+        be made, nothing is. Raises OSError as the backing store gives it, NotPrimaryError, or FrozenError after
+        `freeze_timeout`.
         """
         await self._admitted()
         old_size = await self._marking.before(change, target) if self.activity.dirty.tracking else 0
+        if not only_if():
+            return None
         result, sequence, failure = self._make(change, target, old_size)
         if isinstance(result, Known):
             result.kept += 1
@@ -130,7 +135,7 @@ class Primary:
         told = not local and self._is_told(change)
         if told:
             try:
-                self._there.before(change)
+                self.there.before(change)
             except OSError as error:
                 if self.copier is None:
                     raise
@@ -160,6 +165,8 @@ class Primary:
         self._marking.after(change, old_size)
         if not told:
             self._note_untold(change, old_size)
+        elif isinstance(self.copier, CatchUp):
+            self.copier.note_told(change)
         if self.stream is not None:
             self._times.note(change)
         try:
@@ -215,7 +222,7 @@ class Primary:
         else:
             if self.copier is not None and not self._flush_both:
                 return 0
-            self._there.introduce(known.id)
+            self.there.introduce(known.id)
         return self.stream.put_flush(ops.Sync(known.id, data_only))
 
     def disk_failed(self, error: OSError) -> None:
@@ -283,7 +290,7 @@ class Primary:
     # ---- sending
 
     @property
-    def _there(self) -> Introductions:
+    def there(self) -> Introductions:
         """What the peer knows on the present stream."""
         assert self._introductions is not None
         return self._introductions
@@ -298,7 +305,7 @@ class Primary:
         sequence = self.stream.put(change)
         match change:
             case ops.MakeNode() | ops.Symlink():
-                self._there.known.add(change.file)
+                self.there.known.add(change.file)
             case _:
                 pass
         return sequence
@@ -307,7 +314,7 @@ class Primary:
 
     def _tell_times(self, change: ops.SetAttributes) -> None:
         if self._is_told(change):
-            self._there.introduce(change.file)
+            self.there.introduce(change.file)
         else:
             self._note_untold(change, 0)
         self._send(change)
@@ -487,12 +494,7 @@ class Primary:
         """Take in what the peer says about the stream; False if the frame is not about that."""
         if self.stream is None or frame.offset != self.stream.number:
             return False
-        if frame.kind is Kind.ACK:
-            self.stream.on_ack(frame.sequence)
-        elif frame.kind is Kind.FLUSHED:
-            self.stream.on_flushed(frame.sequence)
-        elif frame.kind is Kind.HASHES and self.copier is not None:
+        if frame.kind is Kind.HASHES and self.copier is not None:
             self.copier.on_hashes(frame)
-        else:
-            return False
-        return True
+            return True
+        return self.stream.on_frame(frame)

@@ -22,11 +22,13 @@ from mirrorfs.core.epochs import Record, Standing, unpack_record
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import JournalError, LinkLostError, ProtocolError
 from mirrorfs.keeper import Keeper
+from mirrorfs.lost import LostStore
 from mirrorfs.peer import Link
 from mirrorfs.resync.full import Target
 from mirrorfs.resync.hashes import hashes
 from mirrorfs.resync.quick_target import Returning
 from mirrorfs.tree import PartialChangeError, Tree
+from mirrorfs.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Standby:
         nursery: trio.Nursery,
         *,
         target: Target | Returning | None,
+        lost: LostStore,
         before_first: Callable[[], Awaitable[None]],
     ) -> None:
         self.tree = tree
@@ -66,6 +69,7 @@ class Standby:
         self._before_first = before_first
         self._begun = False
         self._reign = link.streams
+        self._witness = Witness(tree, link, nursery, self._reign, lost)
 
     @property
     def in_sync(self) -> bool:
@@ -98,6 +102,8 @@ class Standby:
                 case ops.Checkpointed():
                     self._activity.cleared(operation.number, self._new_from)
                     self._nursery.start_soon(self._save_activity)
+                case _ if self.in_sync and self._witness.handles(operation):
+                    await self._witness.take(operation, frame.sequence)
                 case _:
                     self._apply(operation)
                     if isinstance(operation, ops.NamesEqual) and isinstance(self.target, Returning):
@@ -108,7 +114,7 @@ class Standby:
             await self._diverged(operation, frame.sequence, error)
         self.applied = frame.sequence
 
-    def _apply(self, operation: ops.Change | ops.Introduce | ops.Copy | ops.CatchUp) -> None:
+    def _apply(self, operation: ops.Operation) -> None:
         if self.target is not None and self.target.handles(operation):
             self.target.apply(operation)
             if isinstance(operation, ops.CopyData):

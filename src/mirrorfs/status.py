@@ -25,9 +25,11 @@ def describe(node: Node) -> dict[str, Any]:
         "dirty_names": node.activity.dirty.dirty_names,
         "peer": _peer(node),
         "open_files": node.operations.open_files,
+        "verify": node.verifier.describe(),
     }
     if node.split_brain:
         status["split_brain"] = node.split_brain
+        status["sides"] = node.split.sides()
     if (pause := node.pausing.pause) is not None:
         status["paused"] = pausing.describe(pause)
     if record.epoch is not None:

@@ -1,4 +1,5 @@
-"""The sending side of the ordered stream of operations: numbers, acknowledgements, results of flushes."""
+"""The sending side of the ordered stream of operations: numbers, acknowledgements, results of flushes,
+answers."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,11 +8,13 @@ import trio
 
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
+from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.peer import Link
 
 
 class Stream:
-    """The ordered stream of one reign over one link: sequence numbers from 1, acknowledgements, results of flushes."""
+    """The ordered stream of one reign over one link: sequence numbers from 1, acknowledgements, results of flushes,
+    answers."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -21,6 +24,7 @@ class Stream:
         self.broken = False
         self._waiters: deque[tuple[int, trio.lowlevel.Task]] = deque()
         self._flushes: dict[int, tuple[trio.Event, list[int]]] = {}
+        self._answers: dict[int, tuple[trio.Event, list[Frame]]] = {}
 
     @property
     def pending(self) -> bool:
@@ -64,11 +68,40 @@ class Stream:
             del self._flushes[sequence]
         return result == [0]
 
+    def ask(self, question: ops.Question) -> int:
+        """Send a question, whose answer `answer` will wait for."""
+        sequence = self.put(question)
+        self._answers[sequence] = (trio.Event(), [])
+        return sequence
+
+    async def answer(self, sequence: int) -> Frame | None:
+        """Wait for the answer to the question `sequence`; None if the link was lost before."""
+        answered, answer = self._answers[sequence]
+        try:
+            if not self.broken:
+                await answered.wait()
+        finally:
+            del self._answers[sequence]
+        return answer[0] if answer else None
+
     async def drained(self) -> bool:
         """Wait until the peer has applied, and synced, everything that was sent; False if the link was lost before."""
         for event, _ in list(self._flushes.values()):
             await event.wait()
         return await self.applied(self.sent) and not self.broken
+
+    def on_frame(self, frame: Frame) -> bool:
+        """Take in what the peer says about the stream; False if the frame is not about that."""
+        match frame.kind:
+            case Kind.ACK:
+                self.on_ack(frame.sequence)
+            case Kind.FLUSHED:
+                self.on_flushed(frame.sequence)
+            case Kind.ANSWER:
+                self.on_answer(frame)
+            case _:
+                return False
+        return True
 
     def on_ack(self, sequence: int) -> None:
         """The peer has applied everything up to `sequence`."""
@@ -83,10 +116,17 @@ class Stream:
             result.append(0)
             event.set()
 
+    def on_answer(self, frame: Frame) -> None:
+        """The peer's answer to a question has come."""
+        if frame.sequence in self._answers:
+            answered, answer = self._answers[frame.sequence]
+            answer.append(frame)
+            answered.set()
+
     def end(self) -> None:
         """The link is lost: everybody who waits is told."""
         self.broken = True
         while self._waiters:
             trio.lowlevel.reschedule(self._waiters.popleft()[1])
-        for event, _ in self._flushes.values():
+        for event, _ in (*self._flushes.values(), *self._answers.values()):
             event.set()

@@ -22,6 +22,8 @@ from mirrorfs import backing
 log = logging.getLogger(__name__)
 
 _CLOSE_AT_ONCE: Final = 64
+#: The newest descriptors may have been handed out just now; no step uses more at once.
+_IN_HAND: Final = 8
 
 
 class Known:
@@ -114,6 +116,13 @@ class Table:
     def pin(self, known: Known) -> None:
         """The peer may name the file by its id from now on, until the next `begin_era`."""
         known.pinned = self._era
+
+    def unpin(self, number: int) -> None:
+        """The peer does not name the file any more until it introduces it again."""
+        known = self.find(number)
+        if known is not None:
+            known.pinned = 0
+            self.drop_unused(known)
 
     def is_pinned(self, known: Known) -> bool:
         """Whether the peer may name the file."""
@@ -330,7 +339,7 @@ class Table:
 
     def _close_paths(self) -> None:
         """Keep the number of path descriptors within its limit; what must stay open is passed over."""
-        for _ in range(_CLOSE_AT_ONCE):
+        for _ in range(min(_CLOSE_AT_ONCE, len(self._paths) - _IN_HAND)):
             if len(self._paths) <= self._max_paths:
                 return
             number, known = self._paths.popitem(last=False)

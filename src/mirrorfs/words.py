@@ -7,6 +7,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mirrorfs.split_brain_show import since
+
 _BAR_WIDTH = 40
 
 
@@ -54,6 +56,13 @@ def resync_in_words(resync: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def verify_in_words(verify: dict[str, Any]) -> str:
+    """How far a comparison of both trees has come, or what the last one found, on one line."""
+    if verify["running"]:
+        return f"running, {in_units(verify['bytes'])}, {verify['files']} files, differences: {verify['found']}"
+    return f"ended {verify['last']['ended']}, differences: {verify['last']['found']}"
+
+
 def status_in_words(found: dict[str, Any]) -> str:
     """The status as lines of a name and a value."""
     peer = found.get("peer") or {"state": "none"}
@@ -71,6 +80,10 @@ def status_in_words(found: dict[str, Any]) -> str:
         lines["resync"] = resync_in_words(resync)
     if pause := found.get("paused"):
         lines["paused"] = f"by {pause['by']} since {pause['since']}: {pause['node']} is alone until `mirrorfs resume`"
+    for side in found.get("sides", ()):
+        lines[f"{side['node']} since"] = since(side)
+    if (verify := found.get("verify")) and (verify["running"] or verify["last"]):
+        lines["verify"] = verify_in_words(verify)
     lines["reason"] = found["reason"]
     width = max(len(name) for name in lines) + 2
     return "\n".join(f"{name:{width}}{'-' if value in (None, '') else value}" for name, value in lines.items())

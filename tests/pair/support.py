@@ -205,6 +205,16 @@ def _missing_overwritten(directory: Path, notes: list[dict[str, Any]], name: str
             yield f"value {value} in slot {slot}"
 
 
+def _missing_spread(directory: Path, notes: list[dict[str, Any]], name: str) -> Iterator[str]:
+    if not notes:
+        return
+    with open(directory / name, "rb", buffering=0) as there:
+        for note in notes:
+            there.seek(note["value"] << 22)
+            if there.read(8) != note["value"].to_bytes(8, "little"):
+                yield f"value {note['value']} of {name}"
+
+
 def _missing_names(directory: Path, notes: list[dict[str, Any]]) -> Iterator[str]:
     unknown = {note["name"] for note in notes if note["what"] == "removing"}
     removed = {note["name"] for note in notes if note["what"] == "removed"}
@@ -231,6 +241,8 @@ def _missing_of(kind: str, directory: Path, notes: list[dict[str, Any]]) -> Iter
             return _missing_appended(directory, notes, kind)
         case "overwrite":
             return _missing_overwritten(directory, notes, kind)
+        case "spread":
+            return _missing_spread(directory, notes, kind)
         case "names":
             return _missing_names(directory, notes)
         case _:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -359,6 +360,26 @@ def test_a_sync_after_a_handover_fails_for_writers_and_not_for_readers(lab: Lab)
             _fails(errno.EROFS, partial(os.fdatasync, third))
             os.fsync(reader)
     assert lab.is_mirrored()
+
+
+# ---- a node that ends
+
+
+def test_a_primary_that_ends_under_load_does_not_go_on_alone_so_that_its_peer_may_be_promoted(lab: Lab) -> None:
+    lines = NewLines(lab.one)
+    with Writer(lab.one) as writer:
+        writer.wait_acknowledged(20)
+        for pid in lab.one.pids():
+            os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not lab.one.pids(), "node one ends")
+    assert [line for line in lines() if "going on alone" in line] == []
+    wait_state(lab.two, "waiting")
+    lab.two.promote(yes=True)
+    lab.one.start()
+    lab.wait_mirrored()
+    assert lab.primary() is lab.two
+    assert writer.missing(lab) == []
+    assert tree_differences(lab) == []
 
 
 # ---- both nodes restarted

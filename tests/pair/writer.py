@@ -54,6 +54,18 @@ def overwrite_mapped(directory: Path, name: str, chance: random.Random) -> Notes
         yield {"slot": slot, "value": value}
 
 
+def spread(directory: Path, name: str) -> Notes:
+    """Growing values in one file, each so far behind the one before that the dirty set needs a mark of its own for it.
+
+    Not in haste: a node that returns compares all that lies between.
+    """
+    descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o644)
+    for value in range(1, 10**6):
+        os.pwrite(descriptor, value.to_bytes(8, "little"), value << 22)
+        yield {"value": value}
+        time.sleep(0.03)
+
+
 def names(directory: Path, prefix: str, chance: random.Random, *, sync: Sync = unsynced) -> Notes:
     """Files that are written under one name and renamed to another; some are removed again."""
     names_of = os.open(directory, os.O_RDONLY)
@@ -99,6 +111,7 @@ def main() -> None:
         "overwrite": lambda: overwrite(Path(directory), kind, chance),
         "overwrite-fdatasync": lambda: overwrite(Path(directory), kind, chance, sync=os.fdatasync),
         "overwrite-msync": lambda: overwrite_mapped(Path(directory), kind, chance),
+        "spread": lambda: spread(Path(directory), kind),
         "names": lambda: names(Path(directory), "name", chance),
         "names-fsync": lambda: names(Path(directory), "synced", chance, sync=os.fsync),
         "tree": lambda: tree(Path(directory)),

@@ -49,6 +49,11 @@ class Player(Node):
         self.record = replace(self.record, standing=standing, reason="its disk failed")
         self.holds -= {IN_MEMORY}
 
+    def gives_up(self, winner: "Player") -> None:
+        """By an operator's word: what it acknowledged is kept aside, and in no tree that counts."""
+        self.record = self.record.yielding(winner.name, "its history was given up")
+        self.holds = frozenset()
+
     @property
     def own_epoch(self) -> Epoch:
         """The newest epoch that it knows."""
@@ -76,12 +81,14 @@ class Family:
     title: str
     axes: tuple[Mapping[str, Act], ...]
     possible: Callable[[Player, Player], bool] = lambda a, b: True
+    before: Act = lambda a, b: None
 
     def cases(self) -> dict[Phrases, tuple[Player, Player]]:
         """A and B in every combination that can be."""
         found = {}
         for phrases in itertools.product(*self.axes):
             a, b = _mirrored()
+            self.before(a, b)
             for axis, phrase in zip(self.axes, phrases, strict=True):
                 axis[phrase](a, b)
             if self.possible(a, b):
@@ -269,6 +276,24 @@ def _b_goes_on_with_a_behind(a: Player, b: Player) -> None:
     a.adopts(b, Standing.RESYNCING)
 
 
+def _parted_by_force(a: Player, b: Player) -> None:
+    _a_goes_on_and_writes(a, b)
+    _b_is_forced(a, b)
+
+
+def _a_gives_up(a: Player, b: Player) -> None:
+    a.gives_up(b)
+
+
+def _b_gives_up(a: Player, b: Player) -> None:
+    b.gives_up(a)
+
+
+def _both_give_up(a: Player, b: Player) -> None:
+    a.gives_up(b)
+    b.gives_up(a)
+
+
 # ---- what can be
 
 
@@ -294,6 +319,11 @@ def _in_one_epoch(a: Player, b: Player) -> bool:
 
 def _in_two_epochs(a: Player, b: Player) -> bool:
     return _serves_as_primary(a) and _serves_as_primary(b)
+
+
+def _after_giving_up(a: Player, b: Player) -> bool:
+    """A node that gave its history up does not serve."""
+    return _in_two_epochs(a, b) and not any(node.serving and node.record.yields_to for node in (a, b))
 
 
 def _b_without_epochs(a: Player, b: Player) -> bool:
@@ -410,6 +440,24 @@ FAMILIES = (
             _SERVING,
         ),
         _in_two_epochs,
+    ),
+    Family(
+        "After a split brain, one has given its history up",
+        (
+            {
+                "A gave its history up for that of B": _a_gives_up,
+                "B gave its history up for that of A": _b_gives_up,
+                "each gave its history up for that of the other": _both_give_up,
+            },
+            {
+                "no machine was restarted": _nothing,
+                "B's disk failed": _b_is_outdated,
+                "A's machine was restarted": _a_reboots,
+            },
+            {"neither serves": _nothing, "A serves": _a_serves, "B serves": _b_serves},
+        ),
+        _after_giving_up,
+        before=_parted_by_force,
     ),
 )
 

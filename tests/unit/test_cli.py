@@ -47,6 +47,8 @@ class Node:
         self.file = file
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.status = dict(STATUS)
+        self.walk: list[dict[str, Any]] = []
+        self.refused = False
         self.asked = trio.Event()  # a new one after each request
 
     async def handle(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +58,13 @@ class Node:
         match command:
             case "status":
                 return self.status
+            case "verify":
+                if self.refused:
+                    raise RefusedError("not mirrored")
+                return {}
+            case "verify-look":
+                found, self.walk = self.walk[0], self.walk[1:]
+                return found
             case "promote" | "pause" if not (arguments["yes"] or arguments.get("force")):
                 raise ConfirmationNeededError("the peer cannot be asked, was it lost? --yes says so")
             case "demote" if not arguments["force"]:
@@ -119,7 +128,7 @@ async def test_the_help_names_every_command() -> None:
     listed = out.partition("Commands:\n")[2]
     commands = re.findall(r"^  (\w+)  ", listed, re.MULTILINE)
     assert set(commands) >= {"mount", "promote", "demote", "pause", "resume", "status", "unmount", "release", "journal"}
-    assert set(commands) >= {"lab", "demo", "bench"}
+    assert set(commands) >= {"verify", "lab", "demo", "bench"}
 
 
 @pytest.mark.parametrize(
@@ -368,3 +377,45 @@ def test_an_interrupt_that_a_nursery_has_wrapped_ends_with_130(monkeypatch: pyte
 def test_what_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExceptionGroup):
         ending(monkeypatch, ExceptionGroup("nursery", [RefusedError("expected"), ValueError("not expected")]))
+
+
+def _looked(*differences: str, found: int = 0, running: bool = False) -> dict[str, Any]:
+    """What a node answers while it compares, or when it has."""
+    last = {"ended": "2025-01-02T03:04:05+00:00", "found": found, "repaired": 0, "files": 7, "bytes": 1 << 20}
+    return {"running": running, "bytes": 0, "files": 0, "found": found, "last": last, "differences": list(differences)}
+
+
+async def test_verify_follows_the_walk_and_its_exit_status_says_whether_the_trees_are_equal(node: Node) -> None:
+    async with running(node):
+        node.walk = [_looked(running=True), _looked()]
+        assert await mirrorfs("verify", "--config", node.file) == (0, "", "both trees are equal (7 files, 1.0 MiB compared)\n")
+        assert [command for command, _ in node.requests] == ["verify", "verify-look", "verify-look"]
+        node.walk = [_looked("a: only on one", running=True, found=1), _looked("b: only on two", found=2), _looked(found=2)]
+        status, out, err = await mirrorfs("verify", "--rate", "2MiB/s", "--repair", "--from", "two", "--config", node.file)
+        assert (status, out) == (1, "a: only on one\nb: only on two\n")
+        assert err == "differences: 2, of them repaired: 0 (7 files, 1.0 MiB compared)\n"
+        assert node.requests[3:6] == [
+            ("verify", {"good": "two", "rate": 2.0 * 2**20}),
+            ("verify-look", {"since": 0}),
+            ("verify-look", {"since": 1}),
+        ]
+
+
+async def test_verify_json_is_one_line(node: Node) -> None:
+    async with running(node):
+        node.walk = [_looked("a: only on one", found=1), _looked(found=1)]
+        status, out, _ = await mirrorfs("verify", "--json", "--config", node.file)
+        assert (status, len(out.splitlines())) == (1, 1)
+        assert json.loads(out) == {**_looked(found=1)["last"], "differences": ["a: only on one"]}
+
+
+async def test_a_refused_verify_has_a_status_of_its_own_and_one_line(node: Node) -> None:
+    node.refused = True
+    async with running(node):
+        assert await mirrorfs("verify", "--config", node.file) == (3, "", "mirrorfs: not mirrored\n")
+
+
+@pytest.mark.parametrize("arguments", [["--repair"], ["--from", "one"], ["--rate", "5"], ["--rate", "0MiB/s"]])
+async def test_verify_with_half_of_what_it_needs_is_a_usage_error(node: Node, arguments: list[str]) -> None:
+    status, out, err = await mirrorfs("verify", *arguments, "--config", node.file)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)

@@ -12,7 +12,7 @@ from mirrorfs.errors import ConfigError
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mirrorfs.toml"
 ONE = 'volume = "v"\nnode = "one"\n[nodes.one]\naddress = "10.0.0.1"\n'
 TWO = ONE + '[nodes.two]\naddress = "10.0.0.2"\n'
-UNITS_S = {"ms": 0.001, "s": 1, "min": 60, "h": 3600}
+UNITS_S = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,7 @@ def test_the_sample_says_what_the_defaults_are(file: Path) -> None:
     assert (sample.volume, sample.node.name, sample.node.address) == ("dispatch", "two", "10.77.0.2")
     assert sample.replication == config.ReplicationConfig()
     assert sample.resync == config.ResyncConfig()
+    assert sample.verify == config.VerifyConfig()
     lines = [line.removeprefix("# ") for line in text.splitlines()]
     spelled_out = loaded(file, "\n".join(line for line in lines if " = " in line or line.startswith("[")), "two")
     assert spelled_out.peer is not None
@@ -102,12 +103,21 @@ def test_every_key_is_read(file: Path) -> None:
         [resync]
         rate_limit = "1.5 GiB/s"
         priority = "resync"
+        [verify]
+        rate = "1.5 GiB/s"
+        every = "30d"
     """
     found = loaded(file, text, "two")
     assert found.peer == config.NodeConfig("one.example.org", "one.example.org", 1, Path("/srv/one"), Path("/s"), Path("/c"))
     assert found.node.backing == Path("/srv/both")
     assert found.replication == config.ReplicationConfig("freeze", 0.5, 60.0, 5400.0, 60.0)
     assert found.resync == config.ResyncConfig(1.5 * 2**30, "resync")
+    assert found.verify == config.VerifyConfig(1.5 * 2**30, 30 * 86400.0)
+
+
+def test_a_schedule_may_be_off(file: Path) -> None:
+    assert loaded(file, TWO).verify == config.VerifyConfig(50 * 2**20, 7 * 86400.0)
+    assert loaded(file, TWO + '[verify]\nevery = "off"\n').verify.every_s is None
 
 
 def test_a_single_node_has_no_peer(file: Path) -> None:
@@ -167,7 +177,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync)',
+            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync, verify)',
         ),
         (
             'volume = "v"\n',
@@ -248,6 +258,19 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
             "or remove [replication] to run alone",
         ),
         (
+            ONE + "[verify]\n",
+            'nodes: [verify] is there but the peer of "one" is missing, add [nodes.NAME] with its address, '
+            "or remove [verify] to run alone",
+        ),
+        (TWO + '[verify]\nrate = "50MB/s"\n', 'verify.rate: "MB/s" is not a unit, use KiB/s, MiB/s or GiB/s'),
+        (TWO + '[verify]\nrate = "0MiB/s"\n', 'verify.rate: "0MiB/s" would never end, make it 1KiB/s or more'),
+        (
+            TWO + '[verify]\nevery = "weekly"\n',
+            'verify.every: "weekly" is not a duration, write a number and a unit, as in "2s" (ms, s, min, h, d)',
+        ),
+        (TWO + '[verify]\nevery = "400d"\n', 'verify.every: "400d" is too long, make it 366d or less'),
+        (TWO + '[verify]\nevry = "7d"\n', "verify.evry: unknown key, did you mean every?"),
+        (
             TWO + '[replication]\non_peer_loss = "stop"\n',
             'replication.on_peer_loss: "stop" is not known here, use "continue" or "freeze"',
         ),
@@ -261,15 +284,15 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ),
         (
             TWO + '[replication]\nfreeze_timeout = "10"\n',
-            'replication.freeze_timeout: "10" has no unit, write it as in "10s" (ms, s, min, h)',
+            'replication.freeze_timeout: "10" has no unit, write it as in "10s" (ms, s, min, h, d)',
         ),
         (
             TWO + '[replication]\nfreeze_timeout = "10m"\n',
-            'replication.freeze_timeout: "m" is not a unit, use ms, s, min or h',
+            'replication.freeze_timeout: "m" is not a unit, use ms, s, min, h or d',
         ),
         (
             TWO + '[replication]\nstall_timeout = "-1s"\n',
-            'replication.stall_timeout: "-1s" is not a duration, write a number and a unit, as in "2s" (ms, s, min, h)',
+            'replication.stall_timeout: "-1s" is not a duration, write a number and a unit, as in "2s" (ms, s, min, h, d)',
         ),
         (
             TWO + '[replication]\nstall_timeout = "0.0s"\n',
@@ -285,7 +308,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ),
         (
             TWO + '[replication]\ncheckpoint_interval = "10 sec"\n',
-            'replication.checkpoint_interval: "sec" is not a unit, use ms, s, min or h',
+            'replication.checkpoint_interval: "sec" is not a unit, use ms, s, min, h or d',
         ),
         (
             ONE + "[resync]\n",

@@ -410,3 +410,69 @@ def test_of_a_fork_in_which_nothing_was_acknowledged_goes_on_who_has_not_lost_it
     found = meet(one.hello(), two.hello())
     assert isinstance(found, Resume)
     assert found.primary == "one"
+
+
+# ---- a history that was given up
+
+
+def _split() -> tuple[Node, Node]:
+    """Both went on alone and acknowledged changes, two by force; two serves."""
+    one, two = mirrored()
+    one.begins(one, wrote=True)
+    two.begins(two, wrote=True, forced=True)
+    one.serving, two.serving = False, True
+    assert isinstance(verdict(one, two), SplitBrain)
+    return one, two
+
+
+def test_who_gives_its_history_up_follows_the_other_whatever_stood_between_them() -> None:
+    one, two = _split()
+    one.record = one.record.yielding("two", "given up")
+    assert_resumes(one, two, "two")
+    two.serving = False
+    assert_resumes(one, two, "two")
+    two.restarts(machine=True)
+    assert_resumes(one, two, "two")
+
+
+def test_a_node_that_served_gives_way_to_the_one_that_stopped() -> None:
+    one, two = _split()
+    two.serving, two.record = False, two.record.yielding("one", "given up")
+    assert_resumes(one, two, "one")
+
+
+def test_a_node_never_follows_one_with_no_history_or_no_whole_tree_though_it_gave_up_its_own() -> None:
+    one, two = _split()
+    one.record = one.record.yielding("two", "given up")
+    two.serving = False
+    two.record = replace(two.record, standing=Standing.RESYNCING)
+    assert "promote --force" in assert_waits(one, two)
+    assert_waits(one, Node("two", empty=True))
+
+
+def test_two_that_gave_up_for_each_other_wait_for_a_person() -> None:
+    one, two = _split()
+    two.serving = False
+    one.record, two.record = one.record.yielding("two", "given up"), two.record.yielding("one", "given up")
+    assert "both given their history up" in assert_waits(one, two)
+
+
+def test_a_node_that_gave_its_history_up_is_promoted_by_force_only() -> None:
+    one, _ = _split()
+    one.record = one.record.yielding("two", "given up")
+    assert isinstance(one.may_promote(), Forbidden)
+
+
+def test_the_sides_of_a_split_brain_are_the_epochs_since_the_last_common_one() -> None:
+    one, two = _split()
+    assert [epoch.primary for epoch in epochs.since_fork(one.hello(), two.hello())] == ["one"]
+    assert [epoch.forced for epoch in epochs.since_fork(two.hello(), one.hello())] == [True]
+
+
+def test_a_record_from_before_histories_could_be_given_up_is_still_read() -> None:
+    one, _ = _split()
+    packed = epochs.pack_record(one.record)
+    del packed["yields_to"]
+    assert epochs.unpack_record(packed) == one.record
+    given_up = one.record.yielding("two", "given up")
+    assert epochs.unpack_record(epochs.pack_record(given_up)) == given_up

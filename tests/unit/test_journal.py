@@ -74,6 +74,36 @@ def test_a_crash_at_any_call_leaves_the_old_record_or_the_new_one_and_the_next_s
     assert Journal(tmp_path).load() == NEWER
 
 
+def test_what_is_loaded_is_made_durable_before_anybody_acts_on_it(tmp_path: Path) -> None:
+    labels: list[str] = []
+    kept = Journal(tmp_path, at=labels.append)
+    kept.load()
+    kept.load_ids()
+    assert labels == [], "there is nothing yet"
+    kept.save(RECORD)
+    kept.save_ids(65536)
+    labels.clear()
+    assert kept.load() == RECORD
+    assert kept.load_ids() == 65536
+    assert labels == ["record:fsync", "record:fsync-directory", "ids:fsync", "ids:fsync-directory"]
+    labels.clear()
+    assert kept.read() == RECORD
+    assert kept.read_ids() == 65536
+    assert labels == [], "who only looks, as `journal show` does, writes nothing"
+
+
+@pytest.mark.parametrize("label", ["record:fsync", "record:fsync-directory"])
+def test_a_record_that_cannot_be_made_durable_is_not_loaded(tmp_path: Path, label: str) -> None:
+    Journal(tmp_path).save(RECORD)
+
+    def fail(at: str) -> None:
+        if at == label:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(JournalError, match=f"{tmp_path}/record: cannot be written: Input/output error"):
+        Journal(tmp_path, at=fail).load()
+
+
 def _saved(directory: Path) -> bytearray:
     Journal(directory).save(RECORD)
     return bytearray((directory / "record").read_bytes())

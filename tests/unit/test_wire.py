@@ -32,7 +32,10 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(["name", "new_name"], _NAMES),
     **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _TIMES),
-    **dict.fromkeys(["data", "target", "value"], _DATA),
+    **dict.fromkeys(["data", "target", "value", "after"], _DATA),
+    "entry": st.just(b"") | _NAMES,
+    "path": st.lists(_NAMES, max_size=3).map(b"/".join),
+    "ranges": st.lists(st.tuples(_NUMBERS, _NUMBERS), max_size=5).map(tuple),
     **dict.fromkeys(["data_only", "gone", "complete", "last"], st.booleans()),
     "xattrs": st.lists(st.tuples(_NAMES, _DATA), max_size=5).map(tuple),
     "names": st.lists(st.tuples(_NAMES, _NUMBERS), max_size=5).map(tuple),
@@ -200,6 +203,15 @@ _SOUND: dict[type, ops.Operation] = {
         ops.Sync(5, False),
         ops.Checkpoint(7, 1 << 40),
         ops.Checkpointed(7),
+        ops.ListNames(5, b"name"),
+        ops.Look(5, ((b"name", 6), (b"gone", 0))),
+        ops.Digest(5, ((b"name", 6), (b"other", 7)), 0, 1 << 20),
+        ops.Fetch(5, b"name", 6, 0, 1 << 16),
+        ops.Describe(5, b"", 5),
+        ops.Keep(5, b"name", 6, b"directory/name", ((0, 4096), (8192, 12288))),
+        ops.Mend(5, b"name", 6, 0, b"data"),
+        ops.MendAttributes(5, b"name", 6, 0o100644, 0, 0, 0, 0, ((b"user.name", b"value"),)),
+        ops.Forget(5),
     )
 }
 _NOT_IDS = [0, -1, -(1 << 63), 1 << 63, (1 << 64) - 1, True, 5.0, b"5", "5", [5]]
@@ -222,12 +234,16 @@ _NOT_XATTRS = [
     [[b"name", None]],
 ]
 _NOT_GATHERED = [None, 5, b"name", [b"name"], [[b"name"]], [[b"name", -1]], [[b"name", 1 << 63]], [[b"a/b", 5]], [["name", 5]]]
+_NOT_RANGES = [None, 5, b"name", [5], [[5]], [[5, -1]], [[5, 1 << 63]], [[b"5", 5]], [[0, 4096, 8192]]]
 _UNSOUND: dict[str, list[Any]] = {
     **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),
     **dict.fromkeys(["name", "new_name"], _NOT_NAMES),
     **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NOT_NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _NOT_TIMES),
-    **dict.fromkeys(["target", "value"], _NOT_BYTES),
+    **dict.fromkeys(["target", "value", "data", "after"], _NOT_BYTES),
+    "entry": [name for name in _NOT_NAMES if name != b""],
+    "path": [b"/", b"/etc/passwd", b"../secret", b"a/../b", b"a//b", b"a/", b"a\0b", b"n" * 256, "name", 5, None],
+    "ranges": _NOT_RANGES,
     **dict.fromkeys(["data_only", "gone", "complete", "last"], _NOT_FLAGS),
     "xattrs": _NOT_XATTRS,
     "names": _NOT_GATHERED,

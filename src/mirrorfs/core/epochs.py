@@ -57,7 +57,8 @@ class Record:
     """What a node keeps durably of the pair.
 
     `wrote` holds the tags of epochs in which this node acknowledged a change that no other node was asked for. `paused_at` is
-    when this node was told by hand to keep the other one off (UNIX time in seconds), 0 if it does not.
+    when this node was told by hand to keep the other one off (UNIX time in seconds), 0 if it does not. `yields_to` is the node
+    for whose history it has given its own up, by an operator's word; then nothing of its own counts any more.
     """
 
     volume_id: str = ""
@@ -66,6 +67,7 @@ class Record:
     standing: Standing = Standing.IN_SYNC
     reason: str = ""
     paused_at: float = 0.0
+    yields_to: str = ""
 
     @property
     def epoch(self) -> Epoch | None:
@@ -77,6 +79,10 @@ class Record:
         epochs = (*self.epochs, epoch)[-HISTORY:]
         known = {e.tag for e in epochs}
         return replace(self, epochs=epochs, wrote=self.wrote & known)
+
+    def yielding(self, winner: str, reason: str) -> "Record":
+        """The record of a node that gives its history up for that of `winner`."""
+        return replace(self, wrote=frozenset(), standing=Standing.OUTDATED, reason=reason, paused_at=0.0, yields_to=winner)
 
     def knows(self, epoch: Epoch) -> bool:
         """Whether the epoch is part of this history, or older than what is remembered of it."""
@@ -162,6 +168,9 @@ def meet(left: Hello, right: Hello) -> Verdict:
         )
     if first.epoch is None and second.epoch is None:
         return Wait("the volume is new: run `mirrorfs promote` on the node whose files are to be kept")
+    for loser, winner in ((one, two), (two, one)):
+        if loser.record.yields_to == winner.node:
+            return _meet_yielded(winner, loser)
     if first.epoch is None:
         return _meet_newcomer(two, one)
     if second.epoch is None:
@@ -173,6 +182,21 @@ def meet(left: Hello, right: Hello) -> Verdict:
     if first.knows(second.epoch):
         return _meet_older(one, two)
     return _meet_fork(one, two)
+
+
+def _meet_yielded(winner: Hello, loser: Hello) -> Verdict:
+    """`loser` has given its history up: neither epochs nor what it wrote stand against following the other."""
+    if winner.record.yields_to == loser.node:
+        return Wait(
+            f"{winner.node} and {loser.node} have both given their history up: run `mirrorfs promote --force` on the node "
+            "whose files are to be kept"
+        )
+    epoch, reason = winner.record.epoch, f"{loser.node} has given its history up for that of {winner.node}"
+    if winner.serving:
+        return Resume(winner.node, f"{reason}; {winner.node} is serving")
+    if epoch is not None and epoch.has(winner.node) and winner.record.standing is Standing.IN_SYNC:
+        return Resume(winner.node, f"{reason}; {winner.node} has everything")
+    return Wait(f"{reason}, and {winner.node} has no complete tree: run `mirrorfs promote --force` on the better one")
 
 
 def _meet_newcomer(old: Hello, new: Hello) -> Verdict:
@@ -281,6 +305,11 @@ def _unknown(hello: Hello, other: Hello) -> list[Epoch]:
     return [e for e in hello.record.epochs if not other.record.knows(e)]
 
 
+def since_fork(hello: Hello, other: Hello) -> list[Epoch]:
+    """The epochs of `hello` since the last one that both nodes know; its newest where there is none since."""
+    return _unknown(hello, other) or list(hello.record.epochs[-1:])
+
+
 def _primary_before(one: Hello, two: Hello) -> str:
     """The primary of the last epoch that both know; with none, the node whose own history is shorter."""
     for epoch in reversed(one.record.epochs):
@@ -377,6 +406,7 @@ def pack_record(record: Record) -> dict[str, Any]:
         "standing": record.standing.value,
         "reason": record.reason,
         "paused_at": record.paused_at,
+        "yields_to": record.yields_to,
     }
 
 
@@ -405,6 +435,7 @@ def unpack_record(data: dict[str, Any]) -> Record:
         standing=Standing(data["standing"]),
         reason=str(data["reason"]),
         paused_at=paused_at,
+        yields_to=str(data.get("yields_to", "")),
     )
 
 

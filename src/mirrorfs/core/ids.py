@@ -25,6 +25,11 @@ def make(epoch: int, node_bit: int, counter: int) -> int:
     return (epoch % (1 << EPOCH_BITS)) << (COUNTER_BITS + 1) | node_bit << COUNTER_BITS | counter
 
 
+def epoch_of(number: int) -> int:
+    """The epoch in which a file with this id was made, as far as an id tells (24 bits)."""
+    return number >> (COUNTER_BITS + 1)
+
+
 def is_provisional(number: int) -> bool:
     """Whether `number` stands for a file that has no id of this volume (seen on a node that may not give ids)."""
     return bool(number & PROVISIONAL)

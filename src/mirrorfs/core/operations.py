@@ -239,11 +239,108 @@ class Checkpointed:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class ListNames:
+    """Verify: tell the names in a directory that come after `after`; the answer is not in the order of the stream."""
+
+    directory: int
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Verify: tell the id and the attributes of what stands under these names at this point of the stream; without names, of
+    the directory itself. The ids are those at the primary, 0 for none."""
+
+    directory: int
+    names: tuple[tuple[bytes, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Verify: tell the hashes of these bytes of each of these files, as they are on the disk; not in the order of the
+    stream."""
+
+    directory: int
+    names: tuple[tuple[bytes, int], ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Verify: tell these bytes of a file as they are at this point of the stream.
+
+    Here and below, a file is named by an entry of a directory that was introduced; an empty entry is the directory itself.
+    """
+
+    directory: int
+    entry: bytes
+    file: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Verify: tell all attributes of a file as they are at this point of the stream."""
+
+    directory: int
+    entry: bytes
+    file: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Repair: put these ranges (first, last + 1) of a file aside, durably, before they are replaced; `path` is for people."""
+
+    directory: int
+    entry: bytes
+    file: int
+    path: bytes
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """Repair: a piece of a file as it stands at this point of the stream."""
+
+    directory: int
+    entry: bytes
+    file: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MendAttributes:
+    """Repair: the attributes of a file as they stand at this point of the stream, and make all of it durable; `size` as of a
+    regular file."""
+
+    directory: int
+    entry: bytes
+    file: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Verify: this directory counts as introduced no longer, so that a walk leaves nothing behind."""
+
+    directory: int
+
+
 Change = Write | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename | SetAttributes | SetXattr | RemoveXattr
 Copy = Entry | CopyData | Vanish | DirectoryDone
 CatchUp = Gather | Gathered | NamesEqual | Refresh | CopyHole | Compare
 Flush = Sync | Checkpoint
-Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed
+Question = ListNames | Look | Digest | Fetch | Describe | Keep | Mend | MendAttributes
+Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Question | Forget
 
 
 #: Of `Rename.flags`, as in renameat2(2).
@@ -288,6 +385,12 @@ def _is_sound(field: str, value: object) -> bool:
         return type(value) is int and -_MAX <= value <= 2 * _MAX
     if field in _FLAGS:
         return type(value) is bool
+    if field == "entry":
+        return value == b"" or _is_name(value)
+    if field == "path":
+        return isinstance(value, bytes) and (value == b"" or all(map(_is_name, value.split(b"/"))))
+    if field == "ranges":
+        return isinstance(value, tuple) and all(_is_sound("size", part) for pair in value for part in pair)
     if field == "xattrs":
         return isinstance(value, tuple) and all(type(part) is bytes for pair in value for part in pair)
     if field == "names":

@@ -52,6 +52,11 @@ class Kind(IntEnum):
     LACKED = 20
     HOT = 21
     KEPT = 22
+    SPLIT_ASK = 24
+    SPLIT_TOLD = 25
+    GIVE_UP = 26
+    GIVEN_UP = 27
+    ANSWER = 28
     WRITE = 32
     MAKE_NODE = 33
     SYMLINK = 34
@@ -76,6 +81,15 @@ class Kind(IntEnum):
     SYNC = 64
     CHECKPOINT = 65
     CHECKPOINTED = 66
+    LIST_NAMES = 72
+    LOOK = 73
+    DIGEST = 74
+    FETCH = 75
+    DESCRIBE = 76
+    KEEP = 77
+    MEND = 78
+    MEND_ATTRIBUTES = 79
+    FORGET = 80
 
 
 KIND_OF: Final[dict[type, Kind]] = {
@@ -103,6 +117,15 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.Sync: Kind.SYNC,
     ops.Checkpoint: Kind.CHECKPOINT,
     ops.Checkpointed: Kind.CHECKPOINTED,
+    ops.ListNames: Kind.LIST_NAMES,
+    ops.Look: Kind.LOOK,
+    ops.Digest: Kind.DIGEST,
+    ops.Fetch: Kind.FETCH,
+    ops.Describe: Kind.DESCRIBE,
+    ops.Keep: Kind.KEEP,
+    ops.Mend: Kind.MEND,
+    ops.MendAttributes: Kind.MEND_ATTRIBUTES,
+    ops.Forget: Kind.FORGET,
 }
 OPERATION_OF: Final[dict[Kind, Any]] = {kind: operation for operation, kind in KIND_OF.items()}
 

@@ -9,6 +9,7 @@ the namespaces by their names (a hash of the directory), processes by their name
     DIR/NODE/under           a bind mount of `data` as it is without mirrorfs
     DIR/NODE/state, log, mirrorfs.toml, control.sock
     DIR/NODE/boot            the id of the host's boot, if that is not the machine's
+    DIR/NODE/faults          faults of its disk that its node is to meet, if there are some (`faults`)
     DIR/disks                disks of the hosts' own, if they have some (`disks`)
 """
 
@@ -166,7 +167,8 @@ class Host:
         # As a daemon is started: in a session of its own, and no child of ours, which would have to wait for it. The pid
         # that the shell prints is the node's own: nothing forks after that.
         daemonize = ["setsid", "--fork", "sh", "-c", 'echo $$; log=$1; shift; exec "$@" >>"$log" 2>&1 </dev/null', "sh"]
-        program = ["mirrorfs.lab.booted", self.boot.read_text()] if self.boot.exists() else ["mirrorfs"]
+        is_special = self.boot.exists() or (self.home / "faults").exists()
+        program = ["mirrorfs.lab.booted", str(self.home)] if is_special else ["mirrorfs"]
         mount = [sys.executable, "-m", *program, "mount", str(self.mount), "--config", str(self.config)]
         command = [*self.network.entering(self.name), *daemonize, str(self.log), *mount]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=_node_environment(), cwd="/")

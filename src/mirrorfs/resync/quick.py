@@ -112,6 +112,23 @@ class CatchUp(Sender):
         """A live change was made that the target is not told of."""
         self._work.note(change, new_from, old_size)
 
+    def note_told(self, change: ops.Change) -> None:
+        """A live change was made that the target is told of: what it gave a name is found there from now on."""
+        match change:
+            case ops.Link():
+                self._note_place(change.parent, change.name)
+            case ops.Rename():
+                self._note_place(change.new_parent, change.new_name)
+                if change.flags & ops.RENAME_EXCHANGE:
+                    self._note_place(change.parent, change.name)
+            case _:
+                pass
+
+    def _note_place(self, parent: int, name: bytes) -> None:
+        known = self.tree.lookup(parent, name)
+        self._places.setdefault(known.id, []).append((parent, name))
+        self.tree.table.drop_unused(known)
+
     def note_name(self, directory: int, name: bytes) -> None:
         """One more name may have to be looked at."""
         if not self.live:
@@ -155,34 +172,52 @@ class CatchUp(Sender):
 
     async def _gather(self, batch: dict[int, set[bytes] | None]) -> dict[int, int]:
         """Have the target set aside what stands under these names and is another file; returns how deep each directory lies."""
-        queue, depths = deque(batch), dict[int, int]()
-        while queue:
-            number = queue.popleft()
+        depths: dict[int, int] = {}
+        waiting = list(batch)
+        while True:
+            missing, found_before = list[int](), len(depths)
+            queue = deque(waiting)
+            while queue:
+                number = queue.popleft()
+                directory = self._directory(number)
+                if directory is None:
+                    missing.append(number)
+                else:
+                    queue += await self._gather_names(directory, batch, depths)
+            # A new directory is found by its name in another, which may have come later.
+            waiting = [number for number in missing if number not in depths]
+            if not waiting or len(depths) == found_before:
+                break
+        for number in waiting:
+            # Removed here; what is in it there may be needed elsewhere.
             names = batch[number]
-            directory = self._directory(number)
-            if directory is None:
-                # Removed here; what is in it there may be needed elsewhere.
-                await self._put_gather(number, [(name, 0) for name in names or ()], complete=names is None)
-                continue
-            self._hold(directory)
-            depths[number] = self._hint(directory)
-            found: list[tuple[bytes, int]] = []
-            for count, name in enumerate(self.tree.names(directory) if names is None else sorted(names)):
-                if count % 256 == 255:
-                    await trio.lowlevel.checkpoint()
-                known = self._look(directory, name)
-                if known is None:
-                    found.append((name, 0))
-                    continue
-                found.append((name, known.id))
-                self._places.setdefault(known.id, []).append((number, name))
-                if known.is_directory and names is None and known.id >= self._first_new and batch.get(known.id, ()) is not None:
-                    batch[known.id] = None  # made since, and a new directory has no marks of its own on disk: all of it is new
-                    queue.append(known.id)
-                self.tree.table.drop_unused(known)
-            await self._put_gather(number, found, complete=names is None)
+            await self._put_gather(number, [(name, 0) for name in names or ()], complete=names is None)
         self.stream.put(ops.Gathered())
         return depths
+
+    async def _gather_names(self, directory: Known, batch: dict[int, set[bytes] | None], depths: dict[int, int]) -> list[int]:
+        """Gather the marked names of one directory; returns new directories that are to be gathered too."""
+        number, names = directory.id, batch[directory.id]
+        self._hold(directory)
+        depths[number] = self._hint(directory)
+        found, more = list[tuple[bytes, int]](), list[int]()
+        for count, name in enumerate(self.tree.names(directory) if names is None else sorted(names)):
+            if count % 256 == 255:
+                await trio.lowlevel.checkpoint()
+            known = self._look(directory, name)
+            if known is None:
+                found.append((name, 0))
+                continue
+            found.append((name, known.id))
+            self._places.setdefault(known.id, []).append((number, name))
+            if known.is_directory and known.id >= self._first_new and batch.get(known.id, ()) is not None:
+                # Made since, and a new directory has no marks of its own on disk: all of it is new. What is marked exactly is
+                # no more than this node's own changes; those of a primary in between are gone with its memory.
+                batch[known.id] = None
+                more.append(known.id)
+            self.tree.table.drop_unused(known)
+        await self._put_gather(number, found, complete=names is None)
+        return more
 
     async def _put_gather(self, number: int, found: list[tuple[bytes, int]], *, complete: bool) -> None:
         for at in range(0, max(len(found), 1), _NAMES_PER_FRAME):

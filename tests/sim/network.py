@@ -1,0 +1,279 @@
+"""The network between the two machines: ordered connections that can be cut in either direction, and healed.
+
+A cut says nothing to either end, as a cable that was pulled: what is sent waits and arrives when it is healed, unless an end
+has given the connection up before.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from mirrorfs.core import wire
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+from tests.sim.kernel import running
+
+if TYPE_CHECKING:
+    from tests.sim.machine import Process
+
+_GREETING_S: Final = 5.0
+_REDIAL_S: Final = 0.3
+_KIND_AT: Final = 4
+
+
+class End:
+    """One end of a connection."""
+
+    def __init__(self, network: "Network", process: "Process") -> None:
+        self.network = network
+        self.process = process
+        self.other: End
+        self.inbox: deque[bytes] = deque()
+        self.arrived = trio.Event()
+        self.closed = False
+        self.ended = False
+        self._way: deque[bytes | None] = deque()
+        self._sent = trio.Event()
+        self.gone = False
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What has not arrived yet."""
+        return sum(len(data) for data in self._way if data)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the heartbeats of the other end come through."""
+        return not self.other.gone and not self.network.is_cut(self.other, self)
+
+    def send(self, data: bytes) -> None:
+        if not self.closed and not self.process.dead:
+            self._way.append(data)
+            self._sent.set()
+
+    def close(self) -> None:
+        """The other end is told, if it can be reached."""
+        if not self.closed:
+            self.closed = True
+            self._wake()
+            self._way.append(None)
+            self._sent.set()
+
+    def break_off(self, *, told: bool) -> None:
+        """The process has ended: with the machine, nobody tells the other end."""
+        self.closed = True
+        self._wake()
+        if told:
+            keep = self.network.dice.randint(0, len(self._way))
+            while len(self._way) > keep:
+                self._way.pop()
+            self._way.append(None)
+        else:
+            self.gone = True
+            self._way.clear()
+        self._sent.set()
+
+    def _wake(self) -> None:
+        self.arrived.set()
+
+    async def carry(self) -> None:
+        """Bring what is sent to the other end, in order, until the end of the connection."""
+        while not self.gone:
+            await self._sent.wait()
+            self._sent = trio.Event()
+            while self._way and not self.gone:
+                count = len(self._way)
+                await trio.sleep(self.network.latency_s())
+                while self.network.is_cut(self, self.other):
+                    await self.network.healed.wait()
+                for _ in range(min(count, len(self._way))):
+                    data = self._way.popleft()
+                    if data is None:
+                        self.other.ended = True
+                        self.other._wake()
+                        return
+                    self.other.inbox.append(data)
+                    self.other._wake()
+
+    async def read(self) -> bytes:
+        """What has arrived; LinkLostError when there will be no more."""
+        while True:
+            if self.closed:
+                raise LinkLostError("the connection was closed")
+            if self.inbox:
+                data = b"".join(self.inbox)
+                self.inbox.clear()
+                return data
+            if self.ended:
+                raise LinkLostError("the connection was closed")
+            self.arrived = trio.Event()
+            await self.arrived.wait()
+
+
+class Network:
+    """All connections, and what is cut."""
+
+    def __init__(self, dice: random.Random, nursery: trio.Nursery) -> None:
+        self.dice = dice
+        self.healed = trio.Event()
+        self._nursery = nursery
+        self._cuts: set[tuple[str, str]] = set()
+        self._listening: dict[str, tuple[Process, Callable[[End, str], Any], trio.Nursery]] = {}
+        self._ends: list[End] = []
+
+    def latency_s(self) -> float:
+        return self.dice.choice((0.0001, 0.0001, 0.0005, 0.002))
+
+    def is_cut(self, sender: End, receiver: End) -> bool:
+        return (sender.process.machine.name, receiver.process.machine.name) in self._cuts
+
+    def cut(self, sender: str, receiver: str) -> None:
+        """Nothing gets from one to the other any more."""
+        self._cuts.add((sender, receiver))
+
+    def heal(self) -> None:
+        """Everything gets through again."""
+        self._cuts.clear()
+        self.healed.set()
+        self.healed = trio.Event()
+
+    def drop(self, process: "Process", *, told: bool) -> None:
+        """A process has ended."""
+        for end in [end for end in self._ends if end.process is process]:
+            end.break_off(told=told)
+            self._ends.remove(end)
+        self._listening = {name: entry for name, entry in self._listening.items() if entry[0] is not process}
+
+    async def listen(self, process: "Process", visitor: Callable[[End, str], Any]) -> None:
+        async with trio.open_nursery() as nursery:
+            self._listening[process.machine.name] = process, visitor, nursery
+            await trio.sleep_forever()
+
+    def connect(self, process: "Process", name: str) -> End | None:
+        """A connection to the machine of that name, None if it cannot be reached."""
+        entry = self._listening.get(name)
+        if entry is None or self._cuts:
+            return None
+        listener, visitor, nursery = entry
+        near, far = End(self, process), End(self, listener)
+        near.other, far.other = far, near
+        for end in (near, far):
+            self._ends.append(end)
+            self._nursery.start_soon(end.carry)
+
+        async def visit() -> None:
+            running.set(listener)
+            try:
+                await visitor(far, process.machine.name)
+            finally:
+                far.close()
+
+        nursery.start_soon(visit)
+        return near
+
+
+class SimulatedLink:
+    """Stands in for `peer.Link`, on an `End` instead of a socket."""
+
+    def __init__(self, connection: End, decoder: wire.Decoder, *, ack_timeout_s: float, stall_timeout_s: float) -> None:
+        self._end = connection
+        self._decoder = decoder
+        self._early = True
+        self._listening = False
+        self._ack_timeout_s = ack_timeout_s
+        self._closing = trio.Event()
+        self.streams = 0
+        self.failure: MirrorfsError | None = None
+        self.bytes_sent = 0
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._end.waiting_bytes
+
+    def send(self, frame: tuple[bytes, bytes]) -> None:
+        if self.failure is not None:
+            return
+        header, payload = frame
+        self.bytes_sent += len(header) + len(payload)
+        self._end.send(header + payload)
+        self._end.process.at(f"sent:{Kind(header[_KIND_AT]).name}")
+
+    def send_message(self, kind: Kind, content: object = None) -> None:
+        self.send(wire.encode_message(kind, content))
+
+    async def receive(self) -> list[Frame]:
+        while True:
+            data = b"" if self._early else await self._read()
+            self._early = False
+            frames = list(self._decoder.feed(data))
+            if frames:
+                return frames
+
+    async def _read(self) -> bytes:
+        if self.failure is not None:
+            raise self.failure
+        self._listening = True
+        try:
+            return await self._end.read()
+        except LinkLostError:
+            raise self.failure or LinkLostError("the connection was closed") from None
+        finally:
+            self._listening = False
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                task_status.started()
+                await self._closing.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.close()
+
+    def close(self, why: str = "this node closed the connection") -> None:
+        if self.failure is None:
+            self.failure = LinkLostError(why)
+            self._closing.set()
+            self._end.close()
+
+    def dispose(self) -> None:
+        self.close()
+
+    async def _watch(self) -> None:
+        step = self._ack_timeout_s / 10
+        silence = 0.0
+        while True:
+            await trio.sleep(step)
+            silence = silence + step if self._listening and not self._end.is_heard else 0.0
+            if silence > self._ack_timeout_s:
+                self.close(f"nothing was heard for {self._ack_timeout_s:g} s (ack_timeout)")
+                return
+
+
+async def greet(connection: End, hello: dict[str, Any]) -> tuple[dict[str, Any], wire.Decoder]:
+    """Stands in for `peer.greet`."""
+    decoder = wire.Decoder()
+    connection.send(b"".join(wire.encode_message(Kind.HELLO, hello)))
+    with trio.move_on_after(_GREETING_S):
+        while True:
+            for frame in decoder.feed(await connection.read()):
+                content = wire.message(frame)
+                assert isinstance(content, dict)
+                return content, decoder
+    raise ProtocolError(f"it did not greet within {_GREETING_S:g} s")
+
+
+async def dial(process: "Process", name: str, visitor: Callable[[End, str], Any]) -> None:
+    """Stands in for `peer.dial`."""
+    while True:
+        await trio.sleep(process.machine.world.network.latency_s())
+        end = process.machine.world.network.connect(process, name)
+        if end is not None:
+            try:
+                await visitor(end, name)
+            finally:
+                end.close()
+        await trio.sleep(_REDIAL_S)
