@@ -87,7 +87,8 @@ class CatchUp(Sender):
         self._note_unsettled = note_unsettled
         self._places: dict[int, list[tuple[int, bytes]]] = {}
         self._explained = Generation()
-        self._placed: dict[int, int] = {}
+        self._placed: set[int] = set()
+        self._said: set[int] = set()
         self._lacked: set[int] = set()
         self._held: list[Known] = []
 
@@ -111,6 +112,11 @@ class CatchUp(Sender):
     def note(self, change: ops.Change, new_from: int, old_size: int) -> None:
         """A live change was made that the target is not told of."""
         self._work.note(change, new_from, old_size)
+        match change:
+            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
+                self._said.discard(change.file)
+            case _:
+                pass
 
     def note_told(self, change: ops.Change) -> None:
         """A live change was made that the target is told of: what it gave a name is found there from now on."""
@@ -271,7 +277,8 @@ class CatchUp(Sender):
             for parent, other in {*known.names, *self._candidates(known.id)} - {(directory.id, name)}:
                 self.stream.put(ops.Introduce(parent, other, known.id))
         status = self.put_entry(directory.id, name, known, self.xattrs_of(known))
-        self._placed[known.id] = status.st_ctime_ns
+        self._placed.add(known.id)
+        self._said.add(known.id)
         self._note_introduced(known.id)
         self._note_unsettled(known.id)
         if known.id >= self._first_new:
@@ -396,7 +403,7 @@ class CatchUp(Sender):
         marks = self._work.files.pop(number)
         regular = stat.S_ISREG(status.st_mode)
         size = status.st_size if regular else 0
-        if number < self._unsent_from or self._placed.get(number) != status.st_ctime_ns:  # else its entry has said it all
+        if number < self._unsent_from or number not in self._said:  # else its entry has said it all
             self.stream.put(ops.Refresh(number, status.st_mode, status.st_uid, status.st_gid, size, self.xattrs_of(known)))
         self._note_unsettled(number)
         self._hold(known)
