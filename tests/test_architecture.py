@@ -48,6 +48,7 @@ ORDER = [
     "dirty_log",
     "journal",
     "tree",
+    "search",
     "table",
     "space",
     "backing",

@@ -1,8 +1,13 @@
 """What the peer knows by its id on one stream: the first mention of a file carries a directory entry that leads to it."""
 
+import errno
+import os
+
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
+from mirrorfs.search import find_names
 from mirrorfs.stream import Stream
+from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
 
@@ -36,12 +41,28 @@ class Introductions:
         """Make sure that the peer knows the file by its id: its first mention on the stream carries parent and name."""
         missing: list[ops.Introduce] = []
         while number not in self.known and number != ids.ROOT:
-            parent, name = self._tree.place_of(self._tree.table.get(number))
+            parent, name = self._place_of(self._tree.table.get(number))
             missing.append(ops.Introduce(parent, name, number))
             number = parent
         for introduction in reversed(missing):
             self._stream.put(introduction)
             self.known.add(introduction.file)
+
+    def _place_of(self, known: Known) -> tuple[int, bytes]:
+        try:
+            return self._tree.place_of(known)
+        except OSError:
+            if known.is_directory or known.gone:
+                raise
+        # It was opened by one of several names, which is gone: read all directories, here and now. That is rare.
+        inode = self._tree.stat(known).st_ino
+        for way, name in find_names(self._tree.root, {inode}).get(inode, ()):
+            parent = ids.ROOT
+            for step in way:
+                parent = self._tree.lookup(parent, step).id
+            if self._tree.holds(self._tree.table.get(parent), name, known.id):
+                return parent, name
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def by_entry(self, parent: int, name: bytes, number: int) -> None:
         """As `introduce`, by an entry that is known to lead to the file."""

@@ -344,3 +344,37 @@ def test_a_full_copy_sends_only_blocks_that_differ_from_what_the_target_has_alre
     assert any("by a full copy" in line for line in lines())
     assert _sent(lab) < MIB
     assert tree_differences(lab) == []
+
+
+def test_a_file_that_is_open_by_a_name_that_is_gone_is_written_on_after_the_peer_was_away(lab: Lab) -> None:
+    top = lab.one.mount
+    (top / "elsewhere").mkdir()
+    (top / "opened").write_text("begin")
+    os.link(top / "opened", top / "elsewhere" / "other")
+    with open(top / "opened", "a") as file:
+        os.unlink(top / "opened")
+        _alone(lab)
+        lab.one.run("sh", "-c", "echo 2 >/proc/sys/vm/drop_caches")
+        _return(lab)
+        file.write(", end")
+    assert (lab.two.mount / "elsewhere" / "other").read_text() == "begin, end"
+
+
+def test_a_link_that_was_removed_before_a_crash_leaves_one_file_with_its_other_name(checkpointing: Lab) -> None:
+    lab = checkpointing
+    top = lab.one.mount
+    (top / "marked").mkdir()
+    (top / "quiet").mkdir()
+    (top / "quiet" / "kept").write_bytes(os.urandom(MIB))
+    os.link(top / "quiet" / "kept", top / "marked" / "again")
+    for number in range(3):  # checkpoints, after which the quiet directory is cold
+        (top / "marked" / f"{number}").touch()
+        _clean(lab)
+    lab.two.kill()
+    wait_state(lab.one, "solo")
+    os.rename(top / "marked" / "again", top / "marked" / "renamed")
+    lab.one.kill()
+    lab.one.start()
+    lab.two.start()
+    lab.wait_mirrored()
+    assert tree_differences(lab) == []

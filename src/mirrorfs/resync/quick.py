@@ -30,9 +30,9 @@ from mirrorfs.core.dirty import BLOCK, DirtySet, Generation
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.resync.hashes import COMPARED
 from mirrorfs.resync.reports import Report
-from mirrorfs.resync.search import find_names
 from mirrorfs.resync.sending import DEFAULT, Sender
 from mirrorfs.resync.survey import data_bytes
+from mirrorfs.search import find_names
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -89,6 +89,7 @@ class CatchUp(Sender):
         self._explained = Generation()
         self._placed: set[int] = set()
         self._said: set[int] = set()
+        self._linked: dict[int, int] = {}
         self._lacked: set[int] = set()
         self._held: list[Known] = []
 
@@ -159,6 +160,7 @@ class CatchUp(Sender):
             if batch:
                 self._explained.add(_only_names(batch))
                 depths = await self._gather(batch)
+                await self._hint_links()
                 await self._place(batch, depths)
                 self._let_go()
             # What the target lacked it says before it acknowledges.
@@ -221,6 +223,8 @@ class CatchUp(Sender):
                 # no more than this node's own changes; those of a primary in between are gone with its memory.
                 batch[known.id] = None
                 more.append(known.id)
+            elif not known.is_directory and (status := self.tree.stat(known)).st_nlink > 1:
+                self._linked[status.st_ino] = known.id
             self.tree.table.drop_unused(known)
         await self._put_gather(number, found, complete=names is None)
         return more
@@ -364,13 +368,42 @@ class CatchUp(Sender):
             if known is not None and not known.is_directory:
                 wanted[self.tree.stat(known).st_ino] = number
                 self.tree.table.drop_unused(known)
+        for number, parent, name in await self._names_of(wanted):
+            self._places.setdefault(number, []).append((parent, name))
+
+    async def _names_of(self, wanted: dict[int, int]) -> list[tuple[int, int, bytes]]:
+        """All names of files, by inode number: id, parent and name of each. No await follows the look-ups of the parents."""
+        found: list[tuple[int, int, bytes]] = []
         for inode, hits in (await trio.to_thread.run_sync(find_names, self.tree.root, wanted.keys())).items():
             for way, name in hits:
                 with suppress(OSError):  # moved since
                     parent = ids.ROOT
                     for step in way:
                         parent = self.tree.lookup(parent, step).id
-                    self._places.setdefault(wanted[inode], []).append((parent, name))
+                    found.append((wanted[inode], parent, name))
+        return found
+
+    async def _hint_links(self) -> None:
+        """Tell the target all names of gathered files that have more than were gathered.
+
+        It has such a file under a name that is right and of which nobody spoke, and would make a second one without it.
+        """
+        linked, self._linked = self._linked, {}
+        wanted = {inode: number for inode, number in linked.items() if not self._all_names_seen(number)}
+        if not wanted:
+            return
+        for number, parent, name in await self._names_of(wanted):
+            self._hint(self.tree.table.get(parent))
+            self.stream.put(ops.Introduce(parent, name, number))
+
+    def _all_names_seen(self, number: int) -> bool:
+        seen, links = 0, 0
+        for parent, name in set(self._places.get(number, ())):
+            directory = self._directory(parent)
+            if directory is not None and self.tree.holds(directory, name, number):
+                seen += 1
+                links = self.tree.stat(self.tree.lookup(parent, name)).st_nlink
+        return seen >= links > 0
 
     def _hold(self, known: Known) -> None:
         known.kept += 1
