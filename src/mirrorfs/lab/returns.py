@@ -146,7 +146,7 @@ def _disconnections(lab: Lab) -> None:
         "while True:\n"
         "    os.write(descriptor, b'x' * 8192); os.fsync(descriptor); print(time.monotonic(), flush=True)\n"
     )
-    notes = lab.dir / "notes"
+    notes = lab.dir / lab.one.name / "notes"  # goes with the lab
     stalls, returns = [], []
     with open(notes, "w") as out, subprocess.Popen(["python3", "-c", code, lab.one.mount / "log"], stdout=out) as writer:
         try:
@@ -217,7 +217,8 @@ def _small(path: Path) -> None:
 
 def _rsync(lab: Lab, source: Path) -> float:
     """How long rsync takes for the same, over the same network, with its own daemon at the other end; in seconds."""
-    target, module = lab.dir / "rsync-target", lab.dir / "rsyncd.conf"
+    place = lab.dir / lab.two.name  # goes with the lab
+    target, module = place / "rsync-target", place / "rsyncd.conf"
     target.mkdir()
     module.write_text(f"use chroot = no\nuid = root\ngid = root\n[target]\npath = {target}\nread only = no\n")
     address = str(ADDRESSES["two"])
