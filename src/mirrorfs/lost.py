@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, Final
 import msgpack
 
 from mirrorfs import backing
+from mirrorfs.core.differences import KINDS
 from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.journal import no_fault, sync_directory
 from mirrorfs.resync.layout import segments
@@ -39,15 +40,6 @@ _OVERHEAD_BYTES: Final = 8 << 10
 _MARGIN_BYTES: Final = 4 << 20
 _OWN_XATTRS: Final = "trusted.mirrorfs"
 _NEW: Final = ".new"
-_KINDS: Final = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "link",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 
 #: Ranges of a file: (start, end) in bytes.
 Ranges = list[tuple[int, int]]
@@ -339,7 +331,7 @@ class Batch:
             finally:
                 os.close(copy)
         self.count += 1
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "file")
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "file")
         size = status.st_size if regular else 0
         self._manifest.write(msgpack.packb([self.count, path, kind, size, pairs, whole]))
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from pyroaring import BitMap64
 
 from mirrorfs.core.dirty import BLOCK, END, EXTENT, FileMarks, Generation
+from mirrorfs.core.wire import raw
 from mirrorfs.errors import ProtocolError
 
 #: Bytes of the digest of one block.
@@ -67,14 +68,12 @@ def add_to(side: Side, items: Any) -> None:
             if kind == _NAMES:
                 (names,) = content
                 there = side.names.setdefault(_number(number), {})
-                there.update(
-                    (bytes(name), Seen(_number(file), _number(mode), _number(size))) for name, file, mode, size in names
-                )
-                side.directories[number] = bytes(path)
+                there.update((raw(name), Seen(_number(file), _number(mode), _number(size))) for name, file, mode, size in names)
+                side.directories[number] = raw(path)
             else:
                 mode, size, attributes, runs = content
                 side.files[_number(number)] = FileSeen(
-                    bytes(path), _number(mode), _number(size), bytes(attributes), None if runs is None else _digests(*runs)
+                    raw(path), _number(mode), _number(size), raw(attributes), None if runs is None else _digests(*runs)
                 )
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"a malformed SPLIT_TOLD: {error}") from error
@@ -157,7 +156,7 @@ def _of_name(path: bytes, seen: Seen | None, first_new: int) -> dict[str, Any] |
     is_new = stat.S_ISREG(seen.mode) and seen.id >= first_new
     return {
         "path": _text(path),
-        "what": _KINDS.get(stat.S_IFMT(seen.mode), "file"),
+        "what": KINDS.get(stat.S_IFMT(seen.mode), "file"),
         "size": seen.size,
         "ranges": [(0, seen.size)] if is_new and seen.size else [],
     }
@@ -186,7 +185,7 @@ def _compare_file(
             blocks = blocks_of(mine, its.size)
             side = entry[node] = entry[node] or {}
             side["path"] = _text(its.path)
-            side["what"], side["size"] = _KINDS.get(stat.S_IFMT(its.mode), "file"), its.size
+            side["what"], side["size"] = KINDS.get(stat.S_IFMT(its.mode), "file"), its.size
             side["ranges"] = ranges_of(blocks if differing is None else blocks & differing, its.size)
             side["attributes"] = len(there) == 2 and there[0].attributes != there[1].attributes
 
@@ -199,7 +198,8 @@ def _differing(ours: FileSeen | None, theirs: FileSeen | None) -> BitMap64 | Non
     return BitMap64(block for block in blocks if ours.digests.get(block) != theirs.digests.get(block))
 
 
-_KINDS: Final = {
+#: What a file is, in a word.
+KINDS: Final = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
     stat.S_IFLNK: "link",

@@ -205,6 +205,13 @@ def message(frame: Frame) -> Any:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
 
 
+def raw(value: object) -> bytes:
+    """`value` if it is bytes, ValueError if not; bytes() would take a number for a size, and make that many zeros."""
+    if not isinstance(value, bytes):
+        raise ValueError(f"{value!r} where bytes were expected"[:100])
+    return value
+
+
 class Decoder:
     """Bytes in, frames out. After a ProtocolError the connection is of no use any more."""
 

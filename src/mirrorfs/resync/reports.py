@@ -8,6 +8,7 @@ from pyroaring import BitMap64
 
 from mirrorfs.core import ids
 from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation
+from mirrorfs.core.wire import raw
 from mirrorfs.errors import ProtocolError
 from mirrorfs.tree import Tree
 
@@ -96,11 +97,11 @@ def unpack(messages: Iterable[Any]) -> Report:
         for items in messages:
             for way, number, *content in items:
                 for file, parent, name in way:
-                    places[_id(file)] = (_id(parent), bytes(name))
+                    places[_id(file)] = (_id(parent), raw(name))
                 if len(content) == 1:
                     (names,) = content
                     mine = marks.names.setdefault(_id(number), set())
-                    marks.names[number] = None if names is None or mine is None else mine | set(map(bytes, names))
+                    marks.names[number] = None if names is None or mine is None else mine | set(map(raw, names))
                 else:
                     blocks, extents, tail = content
                     changed = FileMarks()
