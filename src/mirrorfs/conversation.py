@@ -20,10 +20,10 @@ from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import JournalError, LinkLostError, MirrorfsError, ProtocolError
 from mirrorfs.peer import Link
 from mirrorfs.resync import reports
+from mirrorfs.resync.finding import CannotCatchUpError
 from mirrorfs.resync.full import Target
 from mirrorfs.resync.making import empty_orphans
 from mirrorfs.resync.progress import Progress
-from mirrorfs.resync.quick import CannotCatchUpError
 from mirrorfs.resync.quick_target import Returning
 from mirrorfs.space import Space
 from mirrorfs.standby import Standby, record_in, record_of
@@ -144,7 +144,7 @@ class Conversation:
                 node.peer_space = Space.unpack(wire.message(frame))
             case Kind.PROGRESS:
                 node.peer_progress = Progress.unpack(wire.message(frame))
-            case Kind.ACK | Kind.FLUSHED | Kind.ANSWER:
+            case Kind.ACK | Kind.FLUSHED | Kind.ANSWER | Kind.HASHES | Kind.LACKED | Kind.KEPT | Kind.WANTED:
                 pass  # of a stream that has ended
             case Kind.FOLLOW:
                 content = wire.message(frame)
@@ -153,9 +153,6 @@ class Conversation:
                 nursery.start_soon(self._guarded, self._follow, record_of(content.get("record"), frame.kind), content["quick"])
             case Kind.HOT:
                 self._hot.append(wire.message(frame))
-            case Kind.LACKED | Kind.KEPT:
-                if node.primary is not None:
-                    node.primary.on_found(_ids_in(frame), kept=frame.kind is Kind.KEPT)
             case Kind.FOLLOWING:
                 nursery.start_soon(self._guarded, self._copy)
             case Kind.JOIN:
@@ -284,10 +281,3 @@ class Conversation:
             before_first=trio.lowlevel.checkpoint,
         )
         node.enter(f"{'catching up with' if quick else 'copying from'} {self._theirs.node}")
-
-
-def _ids_in(frame: Frame) -> list[int]:
-    content = wire.message(frame)
-    if not isinstance(content, list) or not all(isinstance(number, int) and 0 < number < 1 << 63 for number in content):
-        raise ProtocolError(f"a malformed {frame.kind.name}")
-    return content

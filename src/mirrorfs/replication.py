@@ -19,7 +19,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import Head, first_new
 from mirrorfs.core.epochs import Member
 from mirrorfs.core.modes import Mode
-from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.core.wire import Frame
 from mirrorfs.errors import FrozenError, NotPrimaryError, ProtocolError
 from mirrorfs.introductions import Introductions
 from mirrorfs.keeper import Keeper
@@ -110,7 +110,7 @@ class Primary:
     def _note_untold(self, change: ops.Change, old_size: int) -> None:
         """The target of a quick resync is not told of this change: what it makes dirty is brought over later."""
         if isinstance(self.copier, CatchUp):
-            self.copier.note(change, self.activity.dirty.new_from, old_size)
+            self.copier.note(change, old_size)
             if (other := self._marking.other_name(change)) is not None:
                 self.copier.note_name(*other)
 
@@ -426,13 +426,6 @@ class Primary:
         self.enter(Mode.MIRRORED)
         return True
 
-    def on_found(self, files: list[int], *, kept: bool) -> None:
-        """The peer has kept files that were there (in a full copy), or has made some that were not (in a quick resync)."""
-        if kept and isinstance(self.copier, Copier):
-            self.copier.on_kept(files)
-        elif not kept and isinstance(self.copier, CatchUp):
-            self.copier.on_lacked(files)
-
     def _is_present(self, stream: Stream) -> bool:
         """Whether this stream is the present one, and alive."""
         return stream is self.stream and not stream.broken and self.mode is not Mode.ENDED
@@ -452,8 +445,7 @@ class Primary:
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.end()
-            if self.copier is None:
-                self._unsent_from = self.keeper.next_id()
+            self._unsent_from = self.keeper.next_id()  # a resync that was broken off may have sent what is older
         self.copier, self._flush_both = None, False
         return stream
 
@@ -494,7 +486,4 @@ class Primary:
         """Take in what the peer says about the stream; False if the frame is not about that."""
         if self.stream is None or frame.offset != self.stream.number:
             return False
-        if frame.kind is Kind.HASHES and self.copier is not None:
-            self.copier.on_hashes(frame)
-            return True
-        return self.stream.on_frame(frame)
+        return self.stream.on_frame(frame) or (self.copier is not None and self.copier.on_frame(frame))

@@ -4,6 +4,7 @@ That is a file with several names that lost the one by which it was marked. To r
 copy.
 """
 
+import errno
 import os
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -34,3 +35,16 @@ def find_names(root: int, inodes: AbstractSet[int]) -> dict[int, list[Hit]]:
             finally:
                 os.close(descriptor)
     return found
+
+
+def name_in(directory: int, inode: int) -> bytes:
+    """A name of the file with this inode number in a directory, by any descriptor of it; ESTALE if it has none there."""
+    readable = os.open(f"/proc/self/fd/{directory}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os.scandir(readable) as entries:
+            for entry in entries:
+                if entry.inode() == inode:
+                    return os.fsencode(entry.name)
+    finally:
+        os.close(readable)
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -27,6 +27,7 @@ from mirrorfs.peer import Link
 from mirrorfs.resync.full import Target
 from mirrorfs.resync.hashes import hashes
 from mirrorfs.resync.quick_target import Returning
+from mirrorfs.resync.reports import pack_wanted
 from mirrorfs.tree import PartialChangeError, Tree
 from mirrorfs.witness import Witness
 
@@ -119,6 +120,8 @@ class Standby:
             self.target.apply(operation)
             if isinstance(operation, ops.CopyData):
                 self.bytes_copied += len(operation.data)
+            elif isinstance(operation, ops.Whole):
+                self.bytes_copied += sum(len(file.data) for file in operation.files)
         elif not isinstance(operation, _LIVE):
             raise ProtocolError(f"{type(operation).__name__} outside a resync")
         elif isinstance(operation, ops.Write):
@@ -135,6 +138,9 @@ class Standby:
         """Tell the primary how far this node has come."""
         if isinstance(self.target, Returning):
             self._tell_files(Kind.LACKED, self.target.lacked)
+            for message in pack_wanted(self.target.wanted):
+                self._answer(Kind.WANTED, message)
+            self.target.wanted.clear()
         elif self.target is not None:
             self._tell_files(Kind.KEPT, self.target.kept)
         self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
@@ -146,8 +152,11 @@ class Standby:
 
     def _tell_files(self, kind: Kind, files: list[int]) -> None:
         for at in range(0, len(files), _FILES_PER_FRAME):
-            self._link.send_message(kind, files[at : at + _FILES_PER_FRAME])
+            self._answer(kind, files[at : at + _FILES_PER_FRAME])
         files.clear()
+
+    def _answer(self, kind: Kind, content: object) -> None:
+        self._link.send(wire.encode_message(kind, content, offset=self._reign))
 
     async def _diverged(self, operation: ops.Operation, sequence: int, error: OSError) -> None:
         what = f"{type(operation).__name__} {sequence} failed here: {error.strerror}"

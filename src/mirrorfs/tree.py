@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from mirrorfs import backing
+from mirrorfs import backing, search
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.table import Known, Table
@@ -25,10 +25,15 @@ log = logging.getLogger(__name__)
 ID_XATTR: Final = "trusted.mirrorfs"
 #: Of the root: the last checkpoint that this tree is, or is about to be, at.
 CHECKPOINT_XATTR: Final = "trusted.mirrorfs.checkpoint"
-_OWN_XATTRS: Final = (ID_XATTR.encode(), CHECKPOINT_XATTR.encode())
+_OWN_XATTRS: Final = (ID_XATTR, CHECKPOINT_XATTR)
 _ID: Final = struct.Struct("<16sQQ")
 _O_LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL: Final = stat.S_ISUID | stat.S_ISGID
+
+
+def _path(descriptor: int) -> str:
+    """A path for calls that take no O_PATH descriptor."""
+    return f"/proc/self/fd/{descriptor}"
 
 
 class PartialChangeError(Exception):
@@ -133,7 +138,7 @@ class Tree:
         descriptor = os.open(name, _O_LOOK, dir_fd=above)
         try:
             status = os.fstat(descriptor)
-            number = self._id_of(descriptor, status)
+            number = self.id_of(_path(descriptor), status)
             if number is None:
                 number = self._give_id(descriptor, status, parent, name)
         except BaseException:
@@ -141,19 +146,21 @@ class Tree:
             raise
         return self.table.add(number, stat.S_IFMT(status.st_mode), descriptor)
 
-    def id_at(self, directory: Known, name: bytes) -> int | None:
-        """The id that stands in the file of that name, None if it has none that counts."""
+    def peek(self, directory: Known, name: bytes) -> tuple[int | None, os.stat_result]:
+        """The id in the file of that name, None if it has none that counts, and its status; nothing is known by it."""
         descriptor = os.open(name, _O_LOOK, dir_fd=self.table.descriptor(directory))
         try:
-            return self._id_of(descriptor, os.fstat(descriptor))
+            status = os.fstat(descriptor)
+            return self.id_of(_path(descriptor), status), status
         finally:
             os.close(descriptor)
 
-    def _id_of(self, descriptor: int, status: os.stat_result) -> int | None:
+    def id_of(self, file: int | str, status: os.stat_result) -> int | None:
+        """The id in a file, by a path or a descriptor that is not O_PATH; None if it has none that counts."""
         if status.st_dev != self._device:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         try:
-            value = os.getxattr(f"/proc/self/fd/{descriptor}", ID_XATTR)
+            value = os.getxattr(file, ID_XATTR)
             volume, inode, number = _ID.unpack(value)
         except OSError as error:
             if error.errno != errno.ENODATA:
@@ -168,13 +175,13 @@ class Tree:
         if number is None:
             return ids.PROVISIONAL | status.st_ino
         self.on_found(parent, name)
-        self.stamp(descriptor, status.st_ino, number)
+        self.stamp(_path(descriptor), status.st_ino, number)
         log.debug("gave id %x to %r in %x", number, name, parent)
         return number
 
-    def stamp(self, descriptor: int, inode: int, number: int) -> None:
-        """Write a file's id into its attribute."""
-        os.setxattr(f"/proc/self/fd/{descriptor}", ID_XATTR, _ID.pack(self._volume, inode, number))
+    def stamp(self, file: int | str, inode: int, number: int) -> None:
+        """Write a file's id into its attribute, by a path or a descriptor that is not O_PATH."""
+        os.setxattr(file, ID_XATTR, _ID.pack(self._volume, inode, number))
 
     # ---- reading
 
@@ -195,16 +202,7 @@ class Tree:
         for above, name in known.names:
             if above == parent:
                 return name
-        wanted = self.stat(known).st_ino
-        descriptor = os.open(self.table.proc(self.table.get(parent)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with os.scandir(descriptor) as entries:
-                for entry in entries:
-                    if entry.inode() == wanted:
-                        return os.fsencode(entry.name)
-        finally:
-            os.close(descriptor)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return search.name_in(self.table.descriptor(self.table.get(parent)), self.stat(known).st_ino)
 
     def holds(self, parent: Known, name: bytes, number: int) -> bool:
         """Whether the name in that directory leads to the file with this id. Nothing that was known is dropped by looking."""
@@ -238,7 +236,7 @@ class Tree:
                 continue
             descriptor = os.dup(self.table.descriptor(known))
             status = os.fstat(descriptor)
-            number = self._id_of(descriptor, status)
+            number = self.id_of(_path(descriptor), status)
             if number is None:
                 number = self._give_id(descriptor, status, 0, b"")
             self.table.alias(known, self.table.add(number, known.kind, descriptor))
@@ -255,7 +253,7 @@ class Tree:
         except OSError:
             return None
         status = os.fstat(descriptor)
-        if status.st_nlink == 0 or self._id_of(descriptor, status) != number:
+        if status.st_nlink == 0 or self.id_of(_path(descriptor), status) != number:
             os.close(descriptor)
             return None
         return self.table.add(number, stat.S_IFMT(status.st_mode), descriptor)
@@ -291,14 +289,18 @@ class Tree:
 
     def xattr(self, known: Known, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA if there is none."""
-        if name in _OWN_XATTRS:
+        if os.fsdecode(name) in _OWN_XATTRS:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return os.getxattr(self.table.proc(known), name)
 
     def xattrs(self, known: Known) -> list[bytes]:
         """The names of its extended attributes, without our own."""
-        names = map(os.fsencode, os.listxattr(self.table.proc(known)))
-        return [name for name in names if name not in _OWN_XATTRS]
+        return self.foreign(os.listxattr(self.table.proc(known)))
+
+    @staticmethod
+    def foreign(names: list[str]) -> list[bytes]:
+        """Names of extended attributes without our own."""
+        return [os.fsencode(name) for name in names if name not in _OWN_XATTRS]
 
     def statvfs(self) -> os.statvfs_result:
         """Sizes of the file system underneath."""
@@ -343,7 +345,7 @@ class Tree:
             special = stat.S_IMODE(change.mode) & 0o7000
             if status.st_mode & 0o7000 != special or (change.uid, change.gid) != (status.st_uid, status.st_gid):
                 # After the chown, which clears them; the permissions are what a default ACL made of them.
-                os.chmod(f"/proc/self/fd/{descriptor}", stat.S_IMODE(status.st_mode) & 0o777 | special)
+                os.chmod(_path(descriptor), stat.S_IMODE(status.st_mode) & 0o777 | special)
         except OSError:
             os.close(descriptor)
             self._undo_make(change.name, directory, kind)
@@ -365,8 +367,8 @@ class Tree:
         """Give a new file its owner and id; returns its status from before."""
         status = os.fstat(descriptor)
         if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(f"/proc/self/fd/{descriptor}", uid, gid)
-        self.stamp(descriptor, status.st_ino, number)
+            os.chown(_path(descriptor), uid, gid)
+        self.stamp(_path(descriptor), status.st_ino, number)
         return status
 
     def _undo_make(self, name: bytes, directory: int, kind: int) -> None:
@@ -490,5 +492,5 @@ class Tree:
         self.table.pin(known)
 
     def _refuse_own_xattr(self, name: bytes) -> None:
-        if name in _OWN_XATTRS:
+        if os.fsdecode(name) in _OWN_XATTRS:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))

@@ -40,6 +40,9 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "xattrs": st.lists(st.tuples(_NAMES, _DATA), max_size=5).map(tuple),
     "names": st.lists(st.tuples(_NAMES, _NUMBERS), max_size=5).map(tuple),
 }
+_FIELDS["files"] = st.lists(
+    st.builds(ops.WholeFile, **{field: _FIELDS[field] for field in ops.WholeFile._fields}), max_size=5
+).map(tuple)
 
 
 def _operations(kind: type) -> st.SearchStrategy[Any]:
@@ -200,6 +203,7 @@ _SOUND: dict[type, ops.Operation] = {
         ops.Refresh(5, 0o100644, 0, 0, 0, ((b"user.name", b"value"),)),
         ops.CopyHole(5, 0, 4096),
         ops.Compare(5, 0, 4096),
+        ops.Whole(5, (ops.WholeFile(b"name", 6, 0o100644, 0, 0, 0, ((b"user.name", b"value"),), b"data"),)),
         ops.Sync(5, False),
         ops.Checkpoint(7, 1 << 40),
         ops.Checkpointed(7),
@@ -234,6 +238,14 @@ _NOT_XATTRS = [
     [[b"name", None]],
 ]
 _NOT_GATHERED = [None, 5, b"name", [b"name"], [[b"name"]], [[b"name", -1]], [[b"name", 1 << 63]], [[b"a/b", 5]], [["name", 5]]]
+_FILE = [b"name", 6, 0o100644, 0, 0, 0, [], b"data"]
+_NOT_FILES = [None, 5, b"name", [b"name"], [[]], [_FILE[:-1]], [[*_FILE, 0]]] + [
+    [[*_FILE[:at], value, *_FILE[at + 1 :]]]
+    for at, values in enumerate(
+        [_NOT_NAMES, _NOT_IDS, _NOT_NUMBERS, _NOT_NUMBERS, _NOT_NUMBERS, _NOT_TIMES, _NOT_XATTRS, _NOT_BYTES]
+    )
+    for value in values
+]
 _NOT_RANGES = [None, 5, b"name", [5], [[5]], [[5, -1]], [[5, 1 << 63]], [[b"5", 5]], [[0, 4096, 8192]]]
 _UNSOUND: dict[str, list[Any]] = {
     **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),
@@ -247,6 +259,7 @@ _UNSOUND: dict[str, list[Any]] = {
     **dict.fromkeys(["data_only", "gone", "complete", "last"], _NOT_FLAGS),
     "xattrs": _NOT_XATTRS,
     "names": _NOT_GATHERED,
+    "files": _NOT_FILES,
 }
 _OF_MESSAGES = [kind for kind in wire.KIND_OF if kind not in (ops.Write, ops.CopyData) and fields(kind)]
 
@@ -343,7 +356,7 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
 
 def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 2, 0, 0)
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 3, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +364,8 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     [
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
-        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 2"),
-        (struct.pack("<8sHHI", b"mirrorfs", 2, 3, 0), "protection 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 3, 3, 0), "protection 3"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:

@@ -4,8 +4,10 @@ Files are named by id (see `ids`); names are bytes; times are nanoseconds since 
 nothing left to the node that applies it: owners, final modes and the new file's id are in it.
 """
 
-from dataclasses import dataclass, fields
-from typing import Final
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, get_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ class DirectoryDone:
 class Gather:
     """Quick resync: these names of the directory stand for these files at the source, 0 for none. What the target has there
     that is another file waits aside until it is placed again; with `complete`, so does every name that none of the pieces of
-    this directory's list up to the `last` speaks of."""
+    this directory's list up to the `last` speaks of. The target answers which of these files it does not have there."""
 
     directory: int
     names: tuple[tuple[bytes, int], ...]
@@ -175,7 +177,7 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Quick resync: the `Gather`s of this round are all sent; an `Entry` for each name that holds something follows."""
+    """Quick resync: the `Gather`s of this round are all sent; an `Entry` follows for each name that is not right there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,27 @@ class Refresh:
     gid: int
     size: int
     xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+class WholeFile(NamedTuple):
+    """A small regular file with all that it is: what `Whole` carries. It has one name and no holes."""
+
+    name: bytes
+    file: int
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    xattrs: tuple[tuple[bytes, bytes], ...]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Quick resync: these files stand in the directory, each whole as it stands at this point of the stream."""
+
+    directory: int
+    files: tuple[WholeFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +360,7 @@ class Forget:
 
 Change = Write | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename | SetAttributes | SetXattr | RemoveXattr
 Copy = Entry | CopyData | Vanish | DirectoryDone
-CatchUp = Gather | Gathered | NamesEqual | Refresh | CopyHole | Compare
+CatchUp = Gather | Gathered | Whole | NamesEqual | Refresh | CopyHole | Compare
 Flush = Sync | Checkpoint
 Question = ListNames | Look | Digest | Fetch | Describe | Keep | Mend | MendAttributes
 Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Question | Forget
@@ -347,11 +370,13 @@ Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Questio
 RENAME_EXCHANGE: Final = 2
 
 _MAX: Final = (1 << 63) - 1
-_IDS: Final = {"file", "parent", "new_parent", "directory"}
-_NAMES: Final = {"name", "new_name"}
-_NUMBERS: Final = {"mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset"}
-_TIMES: Final = {"atime_ns", "mtime_ns"}
-_FLAGS: Final = {"data_only", "gone", "complete", "last"}
+
+Check = Callable[[object], bool]
+
+
+def values(operation: Operation) -> tuple[Any, ...]:
+    """The fields of an operation, in their order."""
+    return _VALUES[type(operation)](operation)
 
 
 def check(operation: Operation) -> None:
@@ -359,50 +384,115 @@ def check(operation: Operation) -> None:
 
     A name that is more than a name would lead out of the tree.
     """
-    of_root = isinstance(operation, Entry) and (operation.file, operation.parent, operation.name) == (1, 0, b"")
-    for field in fields(operation):
-        value = getattr(operation, field.name)
-        if value is None and isinstance(operation, SetAttributes) and field.name != "file":
-            continue
-        if of_root and field.name in ("parent", "name"):
-            continue
-        if field.name == "name" and isinstance(operation, SetXattr | RemoveXattr):
-            sound = type(value) is bytes and 0 < len(value) <= 255 and b"\0" not in value
-        else:
-            sound = _is_sound(field.name, value)
-        if not sound:
-            raise ValueError(f"{field.name} {value!r}"[:100])
+    if isinstance(operation, Entry) and (operation.file, operation.parent, operation.name) == (1, 0, b""):
+        operation = replace(operation, parent=1, name=b"root")  # the root has neither
+    for (name, is_sound), value in zip(_CHECKS[type(operation)], values(operation), strict=True):
+        if not is_sound(value):
+            raise ValueError(f"{name} {value!r}"[:100])
 
 
-def _is_sound(field: str, value: object) -> bool:
-    if field in _IDS:
-        return type(value) is int and 1 <= value <= _MAX
-    if field in _NAMES:
-        return _is_name(value)
-    if field in _NUMBERS:
-        return type(value) is int and 0 <= value <= _MAX
-    if field in _TIMES:
-        return type(value) is int and -_MAX <= value <= 2 * _MAX
-    if field in _FLAGS:
-        return type(value) is bool
-    if field == "entry":
-        return value == b"" or _is_name(value)
-    if field == "path":
-        return isinstance(value, bytes) and (value == b"" or all(map(_is_name, value.split(b"/"))))
-    if field == "ranges":
-        return isinstance(value, tuple) and all(_is_sound("size", part) for pair in value for part in pair)
-    if field == "xattrs":
-        return isinstance(value, tuple) and all(type(part) is bytes for pair in value for part in pair)
-    if field == "names":
-        return isinstance(value, tuple) and all(_is_name(name) and _is_sound("size", file) for name, file in value)
+def _is_id(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _MAX
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX
+
+
+def _is_time(value: object) -> bool:
+    return type(value) is int and -_MAX <= value <= 2 * _MAX
+
+
+def _is_flag(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_bytes(value: object) -> bool:
     return type(value) is bytes
 
 
 def _is_name(value: object) -> bool:
     return (
-        isinstance(value, bytes)
+        type(value) is bytes
         and 0 < len(value) <= 255
         and value not in (b".", b"..")
         and b"/" not in value
         and b"\0" not in value
     )
+
+
+def _is_xattr_name(value: object) -> bool:
+    return type(value) is bytes and 0 < len(value) <= 255 and b"\0" not in value
+
+
+def _is_entry(value: object) -> bool:
+    return value == b"" or _is_name(value)
+
+
+def _is_path(value: object) -> bool:
+    return type(value) is bytes and (value == b"" or all(map(_is_name, value.split(b"/"))))
+
+
+def _are_pairs(first: Check, second: Check) -> Check:
+    def are_sound(value: object) -> bool:
+        return type(value) is tuple and all(
+            type(pair) is tuple and len(pair) == 2 and first(pair[0]) and second(pair[1]) for pair in value
+        )
+
+    return are_sound
+
+
+_are_xattrs: Final = _are_pairs(_is_xattr_name, _is_bytes)
+
+
+def _are_files(value: object) -> bool:
+    return type(value) is tuple and all(
+        type(file) is WholeFile
+        and _is_name(file.name)
+        and _is_id(file.file)
+        and _is_number(file.mode)
+        and _is_number(file.uid)
+        and _is_number(file.gid)
+        and _is_time(file.mtime_ns)
+        and _are_xattrs(file.xattrs)
+        and _is_bytes(file.data)
+        for file in value
+    )
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+_CHECK_OF: Final[dict[str, Check]] = {
+    **dict.fromkeys(("file", "parent", "new_parent", "directory"), _is_id),
+    **dict.fromkeys(("mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset"), _is_number),
+    **dict.fromkeys(("atime_ns", "mtime_ns"), _is_time),
+    **dict.fromkeys(("data_only", "gone", "complete", "last"), _is_flag),
+    **dict.fromkeys(("name", "new_name"), _is_name),
+    "entry": _is_entry,
+    "path": _is_path,
+    "ranges": _are_pairs(_is_number, _is_number),
+    "xattrs": _are_xattrs,
+    "names": _are_pairs(_is_name, _is_number),
+    "files": _are_files,
+}
+
+
+def _check_of(operation: type, field: str) -> Check:
+    if operation in (SetXattr, RemoveXattr) and field == "name":
+        return _is_xattr_name
+    check = _CHECK_OF.get(field, _is_bytes)
+    return _or_none(check) if operation is SetAttributes and field != "file" else check
+
+
+def _getter(operation: type) -> Callable[[Any], tuple[Any, ...]]:
+    names = [field.name for field in fields(operation)]
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda value: tuple(getattr(value, name) for name in names)
+
+
+_KINDS: Final = get_args(Operation)
+_VALUES: Final = {kind: _getter(kind) for kind in _KINDS}
+_CHECKS: Final = {kind: [(field.name, _check_of(kind, field.name)) for field in fields(kind)] for kind in _KINDS}

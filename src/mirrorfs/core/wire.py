@@ -6,7 +6,7 @@ and a payload whose length is bounded; the checksum covers both. Hot payloads ar
 
 import struct
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 from zlib import crc32
@@ -17,7 +17,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 2
+VERSION: Final = 3
 #: How the bytes after the preamble are protected; 0 is not at all.
 SECURITY_NONE: Final = 0
 PREAMBLE: Final = struct.Struct("<8sHHI")
@@ -52,6 +52,7 @@ class Kind(IntEnum):
     LACKED = 20
     HOT = 21
     KEPT = 22
+    WANTED = 23
     SPLIT_ASK = 24
     SPLIT_TOLD = 25
     GIVE_UP = 26
@@ -78,6 +79,7 @@ class Kind(IntEnum):
     REFRESH = 55
     COPY_HOLE = 56
     COMPARE = 57
+    WHOLE = 58
     SYNC = 64
     CHECKPOINT = 65
     CHECKPOINTED = 66
@@ -114,6 +116,7 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.Refresh: Kind.REFRESH,
     ops.CopyHole: Kind.COPY_HOLE,
     ops.Compare: Kind.COMPARE,
+    ops.Whole: Kind.WHOLE,
     ops.Sync: Kind.SYNC,
     ops.Checkpoint: Kind.CHECKPOINT,
     ops.Checkpointed: Kind.CHECKPOINTED,
@@ -164,16 +167,16 @@ def encode(frame: Frame) -> tuple[bytes, bytes]:
     return fixed + CHECKSUM.pack(crc32(frame.payload, crc32(fixed))), frame.payload
 
 
-def encode_message(kind: Kind, content: object, sequence: int = 0) -> tuple[bytes, bytes]:
+def encode_message(kind: Kind, content: object, sequence: int = 0, offset: int = 0) -> tuple[bytes, bytes]:
     """A frame whose payload is `content` as msgpack."""
-    return encode(Frame(kind, sequence, payload=msgpack.packb(content)))
+    return encode(Frame(kind, sequence, offset=offset, payload=msgpack.packb(content)))
 
 
 def encode_operation(operation: ops.Operation, sequence: int) -> tuple[bytes, bytes]:
     """The frame of one operation on the stream."""
     if isinstance(operation, ops.Write | ops.CopyData):
         return encode(Frame(KIND_OF[type(operation)], sequence, operation.file, operation.offset, operation.data))
-    return encode_message(KIND_OF[type(operation)], astuple(operation), sequence)
+    return encode_message(KIND_OF[type(operation)], ops.values(operation), sequence)
 
 
 def decode_operation(frame: Frame) -> ops.Operation:
@@ -185,11 +188,13 @@ def decode_operation(frame: Frame) -> ops.Operation:
     operation = OPERATION_OF.get(frame.kind)
     if operation is None:
         raise ProtocolError(f"a frame of kind {frame.kind.name} where an operation was expected")
-    fields = message(frame)
+    fields = _unpack(frame, use_list=False)
     try:
-        if not isinstance(fields, list):
+        if not isinstance(fields, tuple):
             raise TypeError("its fields are no list")
-        fields = [tuple((first, second) for first, second in field) if isinstance(field, list) else field for field in fields]
+        if operation is ops.Whole:
+            directory, files = fields
+            fields = (directory, tuple(ops.WholeFile(*file) for file in files))
         result: ops.Operation = operation(*fields)
         ops.check(result)
     except (TypeError, ValueError, IndexError) as error:
@@ -199,8 +204,12 @@ def decode_operation(frame: Frame) -> ops.Operation:
 
 def message(frame: Frame) -> Any:
     """The msgpack payload of a frame; ProtocolError if it is not msgpack."""
+    return _unpack(frame, use_list=True)
+
+
+def _unpack(frame: Frame, *, use_list: bool) -> Any:
     try:
-        return msgpack.unpackb(frame.payload, use_list=True, raw=False, strict_map_key=True)
+        return msgpack.unpackb(frame.payload, use_list=use_list, raw=False, strict_map_key=True)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
 

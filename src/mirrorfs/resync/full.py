@@ -21,9 +21,11 @@ from typing import assert_never
 from mirrorfs.config import ResyncConfig
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
+from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.resync.making import Maker
-from mirrorfs.resync.sending import DEFAULT, Sender
+from mirrorfs.resync.sending import DEFAULT, Sender, ids_in
 from mirrorfs.resync.survey import Survey, data_bytes
+from mirrorfs.search import name_in
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -206,11 +208,15 @@ class Copier(Sender):
             await self.compare_range(known, 0, self.tree.stat(known).st_size)
         else:
             await self.copy_range(known, 0, 1 << 63, holes=False)
+        self.put_capability(known)
         self.settle_estimate(self._estimates.pop(known.id), before)
 
-    def on_kept(self, files: list[int]) -> None:
-        """The target has a file of this id there already."""
-        self._kept.update(files)
+    def on_frame(self, frame: Frame) -> bool:
+        """Take in what the target answers; False if it is no answer to a full copy."""
+        if frame.kind is not Kind.KEPT:
+            return super().on_frame(frame)
+        self._kept.update(ids_in(frame))  # the target has these files there already
+        return True
 
 
 class Target(Maker):
@@ -293,29 +299,18 @@ class Target(Maker):
         if known.is_directory:
             above = os.open("..", os.O_PATH | os.O_DIRECTORY, dir_fd=self.tree.table.descriptor(known))
             try:
-                os.rename(self._own_name(above, known), entry.name, src_dir_fd=above, dst_dir_fd=directory)
+                name = name_in(above, self.tree.stat(known).st_ino)
+                os.rename(name, entry.name, src_dir_fd=above, dst_dir_fd=directory)
             finally:
                 os.close(above)
         else:
             self.tree.apply(ops.Link(known.id, entry.parent, entry.name))
 
-    def _own_name(self, above: int, known: Known) -> bytes:
-        wanted = self.tree.stat(known).st_ino
-        readable = os.open(f"/proc/self/fd/{above}", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with os.scandir(readable) as entries:
-                for entry in entries:
-                    if entry.inode() == wanted:
-                        return os.fsencode(entry.name)
-        finally:
-            os.close(readable)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
     def _is_stale_copy(self, entry: ops.Entry) -> bool:
         """Whether an earlier copy, or an earlier life of the pair, has left this very file there."""
         if entry.name not in self.stale.get(entry.parent, ()):
             return False
-        return self.tree.id_at(self.tree.table.get(entry.parent), entry.name) == entry.file
+        return self.tree.peek(self.tree.table.get(entry.parent), entry.name)[0] == entry.file
 
     def _reuse_file(self, entry: ops.Entry) -> Known:
         """The file keeps its data, which the source will compare with its own."""
@@ -332,7 +327,7 @@ class Target(Maker):
         self.stale[entry.parent].discard(entry.name)
         above = self.tree.table.descriptor(self.tree.table.get(entry.parent))
         descriptor = os.open(entry.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-        self.tree.stamp(descriptor, os.fstat(descriptor).st_ino, entry.file)
+        self.tree.stamp(f"/proc/self/fd/{descriptor}", os.fstat(descriptor).st_ino, entry.file)
         self.tree.table.unbind(entry.file)
         known = self.tree.table.add(entry.file, stat.S_IFDIR, descriptor)
         self.stale[entry.file] = set(self.tree.names(known))

@@ -1,11 +1,12 @@
 """The source's side of a quick resync: only what the dirty sets of both nodes say may differ travels.
 
 Names first, in rounds. A round takes all names that are marked. For each, the target is told which file stands there
-(`Gather`), and moves what it has there and is another file aside, to where it is found again by its id. Only then is
-everything placed (`Entry`): a file that was moved between directories is never needed before it was taken from where it was,
-in whatever order the directories come. Names that change meanwhile are marked for the next round. When no name is marked,
-every name leads to the same file on both nodes, and from that point of the stream on (`NamesEqual`) live changes travel as
-they do to a standby, whatever the data behind the names is.
+(`Gather`), moves what it has there and is another file aside, to where it is found again by its id, and answers what it has
+not right (`WANTED`). Only then is that placed (`Entry`): a file that was moved between directories is never needed before it
+was taken from where it was, in whatever order the directories come. Small new files travel whole with their names (`Whole`).
+Names that change meanwhile are marked for the next round. When no name is marked, every name leads to the same file on both
+nodes, and from that point of the stream on (`NamesEqual`) live changes travel as they do to a standby, whatever the data behind
+the names is.
 
 Then the data, file by file: attributes, dirty blocks, and hashes of what was merely hot, as they stand at that point of the
 stream.
@@ -15,10 +16,10 @@ primary before may have removed it in a change that nobody else saw.
 """
 
 import logging
+import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -27,12 +28,12 @@ from mirrorfs.config import ResyncConfig
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import BLOCK, DirtySet, Generation
-from mirrorfs.errors import MirrorfsError
-from mirrorfs.resync.hashes import COMPARED
-from mirrorfs.resync.reports import Report
-from mirrorfs.resync.sending import DEFAULT, Sender
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.resync import whole
+from mirrorfs.resync.finding import CannotCatchUpError, Finder
+from mirrorfs.resync.reports import Report, unpack_wanted
+from mirrorfs.resync.sending import DEFAULT, ENTRY_COST, TURN_S, Sender, ids_in
 from mirrorfs.resync.survey import data_bytes
-from mirrorfs.search import find_names
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -40,12 +41,9 @@ from mirrorfs.tree import Tree
 log = logging.getLogger(__name__)
 
 _NAMES_PER_FRAME: Final = 2000
-#: A new file of no more than this is sent without asking whether the target has it already.
-_SMALL: Final = COMPARED
-
-
-class CannotCatchUpError(MirrorfsError):
-    """The dirty sets do not lead to all that may differ: the other node has to be copied to in full."""
+_WHOLE_PER_FRAME: Final = 64
+_WHOLE_BYTES_PER_FRAME: Final = 256 << 10
+_NO_ID: Final = 1 << 63
 
 
 class CatchUp(Sender):
@@ -78,15 +76,13 @@ class CatchUp(Sender):
         self._estimates: dict[int, int] = {}
         self._work = dirty.all()
         self._work.add(theirs.marks)
-        self._located = dirty.located
-        self._their_places = theirs.places
+        self._finder = Finder(tree, dirty.located, theirs.places)
         self._first_new = first_new
         self._unsent_from = unsent_from
         self._introduce = introduce
         self._note_introduced = note_introduced
         self._note_unsettled = note_unsettled
-        self._places: dict[int, list[tuple[int, bytes]]] = {}
-        self._explained = Generation()
+        self._to_place: dict[int, set[bytes] | None] = {}
         self._placed: set[int] = set()
         self._said: set[int] = set()
         self._linked: dict[int, int] = {}
@@ -107,15 +103,18 @@ class CatchUp(Sender):
             case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
                 return change.file not in self._work.files
             case _:
-                self._explained.note(change, 0)
+                self._finder.explained.note(change, 0)
                 return True
 
-    def note(self, change: ops.Change, new_from: int, old_size: int) -> None:
+    def note(self, change: ops.Change, old_size: int) -> None:
         """A live change was made that the target is not told of."""
-        self._work.note(change, new_from, old_size)
+        self._work.note(change, _NO_ID, old_size)  # new files too: they may have been sent whole
         match change:
             case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
                 self._said.discard(change.file)
+                known = self.tree.table.find(change.file)
+                for parent, name in known.names if known is not None else ():
+                    self._finder.note(change.file, parent, name)
             case _:
                 pass
 
@@ -133,7 +132,7 @@ class CatchUp(Sender):
 
     def _note_place(self, parent: int, name: bytes) -> None:
         known = self.tree.lookup(parent, name)
-        self._places.setdefault(known.id, []).append((parent, name))
+        self._finder.note(known.id, parent, name)
         self.tree.table.drop_unused(known)
 
     def note_name(self, directory: int, name: bytes) -> None:
@@ -158,12 +157,14 @@ class CatchUp(Sender):
         while True:
             batch, self._work.names = self._work.names, {}
             if batch:
-                self._explained.add(_only_names(batch))
+                self._finder.explained.add(_only_names(batch))
                 depths = await self._gather(batch)
                 await self._hint_links()
-                await self._place(batch, depths)
+                # What the target lacks it says before it acknowledges.
+                if await self.stream.applied(self.stream.sent):
+                    await self._place(batch, depths)
                 self._let_go()
-            # What the target lacked it says before it acknowledges.
+                self._to_place.clear()
             elif await self.stream.applied(self.stream.sent) and not self._work.names:
                 break
             if self.stream.broken:
@@ -187,7 +188,7 @@ class CatchUp(Sender):
             queue = deque(waiting)
             while queue:
                 number = queue.popleft()
-                directory = self._directory(number)
+                directory = self._finder.directory(number)
                 if directory is None:
                     missing.append(number)
                 else:
@@ -208,26 +209,49 @@ class CatchUp(Sender):
         number, names = directory.id, batch[directory.id]
         self._hold(directory)
         depths[number] = self._hint(directory)
+        is_new = number >= self._unsent_from and number not in self._placed  # then nothing stands in it at the target
+        to_place = self._to_place[number] = None if is_new else set()
         found, more = list[tuple[bytes, int]](), list[int]()
         for count, name in enumerate(self.tree.names(directory) if names is None else sorted(names)):
             if count % 256 == 255:
                 await trio.lowlevel.checkpoint()
-            known = self._look(directory, name)
-            if known is None:
+            seen = self._peek(directory, name, unless_plain=is_new)
+            if seen is None:
                 found.append((name, 0))
                 continue
-            found.append((name, known.id))
-            self._places.setdefault(known.id, []).append((number, name))
-            if known.is_directory and known.id >= self._first_new and batch.get(known.id, ()) is not None:
+            file, status = seen
+            found.append((name, file))
+            is_directory, is_linked = stat.S_ISDIR(status.st_mode), status.st_nlink > 1
+            if is_directory or is_linked or file in self._work.files:
+                self._finder.note(file, number, name)
+            if is_directory and file >= self._first_new and batch.get(file, ()) is not None:
                 # Made since, and a new directory has no marks of its own on disk: all of it is new. What is marked exactly is
                 # no more than this node's own changes; those of a primary in between are gone with its memory.
-                batch[known.id] = None
-                more.append(known.id)
-            elif not known.is_directory and (status := self.tree.stat(known)).st_nlink > 1:
-                self._linked[status.st_ino] = known.id
-            self.tree.table.drop_unused(known)
-        await self._put_gather(number, found, complete=names is None)
+                batch[file] = None
+                more.append(file)
+            elif is_linked and not is_directory:
+                self._linked[status.st_ino] = file
+            if to_place is not None and file >= self._first_new:
+                to_place.add(name)  # nothing of it is marked: whatever the target has is refreshed
+        if not is_new:
+            await self._put_gather(number, found, complete=names is None)
         return more
+
+    def _peek(self, directory: Known, name: bytes, *, unless_plain: bool) -> tuple[int, os.stat_result] | None:
+        """Id and status of what stands under a name, None if nothing does; or if it is a plain file, where that is enough."""
+        try:
+            if unless_plain:
+                status = os.stat(name, dir_fd=self.tree.table.descriptor(directory), follow_symlinks=False)
+                if status.st_nlink == 1 and not stat.S_ISDIR(status.st_mode):
+                    return None
+            number, status = self.tree.peek(directory, name)
+            if number is None:
+                known = self.tree.lookup(directory.id, name)
+                number = known.id
+                self.tree.table.drop_unused(known)
+            return number, status
+        except FileNotFoundError:
+            return None
 
     async def _put_gather(self, number: int, found: list[tuple[bytes, int]], *, complete: bool) -> None:
         for at in range(0, max(len(found), 1), _NAMES_PER_FRAME):
@@ -239,48 +263,81 @@ class CatchUp(Sender):
         """Tell the target by which names this directory is reached here; it may have it elsewhere. Returns its depth."""
         steps: list[ops.Introduce] = []
         while directory.id != ids.ROOT:
-            parent, name = self._place_of_directory(directory)
+            parent, name = self._finder.place_of_directory(directory)
             steps.append(ops.Introduce(parent, name, directory.id))
             directory = self.tree.table.get(parent)
         for step in reversed(steps):
             self.stream.put(step)
         return len(steps)
 
-    def _place_of_directory(self, directory: Known) -> tuple[int, bytes]:
-        parent = self.tree.parent_of(directory)
-        for above, name in (*directory.names, *self._candidates(directory.id)):
-            if above == parent and self.tree.holds(self.tree.table.get(parent), name, directory.id):
-                return parent, name
-        return parent, self.tree.name_in(parent, directory)
-
     async def _place(self, batch: dict[int, set[bytes] | None], depths: dict[int, int]) -> None:
-        """Tell what stands under these names, unless it has changed since they were gathered."""
+        """Tell what stands under the names that the target has not right, unless it has changed since they were gathered."""
         for number in sorted(depths, key=depths.__getitem__):
-            directory = self._directory(number)
+            directory, names = self._finder.directory(number), self._to_place[number]
             if directory is None:
                 continue
             self._note_unsettled(number)
-            names = batch[number]
-            for name in self.tree.names(directory) if names is None else sorted(names):
-                if directory.gone:
-                    break
+            if names is None:
+                names = batch[number]
+            await self._place_names(directory, self.tree.names(directory) if names is None else sorted(names))
+
+    async def _place_names(self, directory: Known, names: list[bytes]) -> None:
+        """Small new files together, each other one by itself. No await between the look at a file and its `put`."""
+        files, size = list[ops.WholeFile](), 0
+        began = trio.current_time()
+        for name in names:
+            if directory.gone:
+                return
+            file = self._whole(directory, name)
+            if file is None:
                 self._put_name(directory, name)
-                await self.pace()
+            else:
+                files.append(file)
+                size += len(file.data)
+            is_full = len(files) >= _WHOLE_PER_FRAME or size >= _WHOLE_BYTES_PER_FRAME
+            if is_full or trio.current_time() - began > TURN_S:
+                self._put_whole(directory, files)
+                await self.pace(max(size + ENTRY_COST // 16 * len(files), ENTRY_COST))
+                files, size = [], 0
+                began = trio.current_time()
+        self._put_whole(directory, files)
+        await self.pace(size + ENTRY_COST)
+
+    def _whole(self, directory: Known, name: bytes) -> ops.WholeFile | None:
+        """A small new file, if it can be placed now."""
+        if self._work.has_name(directory.id, name) or not self._is_there(directory):
+            return None
+        return whole.read(self.tree, self.tree.table.descriptor(directory), name, self._first_new)
+
+    def _put_whole(self, directory: Known, files: list[ops.WholeFile]) -> None:
+        if not files:
+            return
+        self.stream.put(ops.Whole(directory.id, tuple(files)))
+        for file in files:
+            before = self.bytes_done
+            self.bytes_done += len(file.data)
+            self.bytes_sent += len(file.data)
+            self.settle_estimate(self._estimates.pop(file.file, 0), before)
+            self.files_done += 1
+            self._work.files.pop(file.file, None)
+            self._said.discard(file.file)
 
     def _put_name(self, directory: Known, name: bytes) -> None:
         if self._work.has_name(directory.id, name):
             return
-        known = self._look(directory, name)
-        if known is None:
+        try:
+            known = self.tree.lookup(directory.id, name)
+        except FileNotFoundError:
             return
         if not self._is_there(directory):
             self._work.name(directory.id, name)
             return
         if not known.is_directory and self.tree.stat(known).st_nlink > 1:
             # The target may have it under another name, where it is right and was not set aside.
-            for parent, other in {*known.names, *self._candidates(known.id)} - {(directory.id, name)}:
+            for parent, other in {*known.names, *self._finder.candidates(known.id)} - {(directory.id, name)}:
                 self.stream.put(ops.Introduce(parent, other, known.id))
         status = self.put_entry(directory.id, name, known, self.xattrs_of(known))
+        self._finder.note(known.id, directory.id, name)
         self._placed.add(known.id)
         self._said.add(known.id)
         self._note_introduced(known.id)
@@ -295,93 +352,11 @@ class CatchUp(Sender):
         """Whether the target has the directory; a new one is placed before what is in it."""
         if directory.id < self._first_new or directory.id in self._placed:
             return True
-        parent, name = self._place_of_directory(directory)
+        parent, name = self._finder.place_of_directory(directory)
         if self._work.has_name(parent, name):
             return False
         self._put_name(self.tree.table.get(parent), name)
         return directory.id in self._placed
-
-    def on_lacked(self, files: list[int]) -> None:
-        """The target did not have these files, and has made them anew: they are wholly dirty."""
-        for number in files:
-            self._lacked.add(number)
-            self._work.file(number)
-
-    # ---- finding
-
-    def _look(self, directory: Known, name: bytes) -> Known | None:
-        try:
-            return self.tree.lookup(directory.id, name)
-        except FileNotFoundError:
-            return None
-
-    def _candidates(self, number: int) -> Iterable[tuple[int, bytes]]:
-        """Directory entries that may lead to a file, the likeliest first."""
-        yield from reversed(self._places.get(number, ()))
-        located = self._located.get(number)
-        if located is not None and located.parent:
-            yield located.parent, located.name
-        if number in self._their_places:
-            yield self._their_places[number]
-
-    def _directory(self, number: int, depth: int = 0) -> Known | None:
-        """A directory of this tree by its id; None if it is not here any more."""
-        located = self._located.get(number)
-        known = self.tree.find(number, located.handle if located else b"")
-        if known is not None:
-            return known
-        for parent, name in self._candidates(number):
-            above = self._directory(parent, depth + 1) if depth < 4096 else None
-            if above is not None and self.tree.holds(above, name, number):
-                return self.tree.lookup(parent, name)
-        return None
-
-    def _find(self, number: int) -> tuple[Known, int, bytes] | None:
-        """A file of this tree by its id and a name that leads to it; None if it is not here any more."""
-        located = self._located.get(number)
-        known = self.tree.find(number, located.handle if located else b"")
-        if known is None and located is not None:
-            return None  # its handle says that it is gone
-        lost = known is not None
-        for parent, name in (*(known.names if known is not None else ()), *self._candidates(number)):
-            above = self._directory(parent)
-            if above is None:
-                continue
-            if self.tree.holds(above, name, number):
-                return self.tree.lookup(parent, name), parent, name
-            lost = lost or not self._explained.has_name(parent, name)
-        if known is not None and known.is_directory:
-            parent, name = self._place_of_directory(known)
-            return known, parent, name
-        if known is not None and self.tree.stat(known).st_nlink == 0:
-            return None
-        if lost:
-            raise CannotCatchUpError(f"no name is known of file {number:x}, which may differ: a full copy follows")
-        return None
-
-    async def _search_names(self) -> None:
-        """Find names of files that have lost all that were known, by reading all directories."""
-        wanted: dict[int, int] = {}
-        for number in self._work.files:
-            located = self._located.get(number)
-            known = self.tree.find(number, located.handle if located else b"")
-            if known is not None and not known.is_directory:
-                wanted[self.tree.stat(known).st_ino] = number
-                self.tree.table.drop_unused(known)
-        for number, parent, name in await self._names_of(wanted):
-            self._places.setdefault(number, []).append((parent, name))
-
-    async def _names_of(self, wanted: dict[int, int]) -> list[tuple[int, int, bytes]]:
-        """All names of files, by inode number: id, parent and name of each. No await follows the look-ups of the parents."""
-        found: list[tuple[int, int, bytes]] = []
-        for inode, hits in (await trio.to_thread.run_sync(find_names, self.tree.root, wanted.keys())).items():
-            for way, name in hits:
-                with suppress(OSError):  # moved since
-                    parent = ids.ROOT
-                    for step in way:
-                        parent = self.tree.lookup(parent, step).id
-                    found.append((wanted[inode], parent, name))
-        return found
 
     async def _hint_links(self) -> None:
         """Tell the target all names of gathered files that have more than were gathered.
@@ -389,21 +364,31 @@ class CatchUp(Sender):
         It has such a file under a name that is right and of which nobody spoke, and would make a second one without it.
         """
         linked, self._linked = self._linked, {}
-        wanted = {inode: number for inode, number in linked.items() if not self._all_names_seen(number)}
+        wanted = {inode: number for inode, number in linked.items() if not self._finder.all_names_seen(number)}
         if not wanted:
             return
-        for number, parent, name in await self._names_of(wanted):
+        for number, parent, name in await self._finder.names_of(wanted):
             self._hint(self.tree.table.get(parent))
             self.stream.put(ops.Introduce(parent, name, number))
 
-    def _all_names_seen(self, number: int) -> bool:
-        seen, links = 0, 0
-        for parent, name in set(self._places.get(number, ())):
-            directory = self._directory(parent)
-            if directory is not None and self.tree.holds(directory, name, number):
-                seen += 1
-                links = self.tree.stat(self.tree.lookup(parent, name)).st_nlink
-        return seen >= links > 0
+    def on_frame(self, frame: Frame) -> bool:
+        """Take in what the target answers; False if it is no answer to a quick resync."""
+        match frame.kind:
+            case Kind.WANTED:
+                for directory, names in unpack_wanted(frame):
+                    self._on_wanted(directory, names)
+            case Kind.LACKED:
+                # These it has made anew: they are wholly dirty.
+                for number in ids_in(frame):
+                    self._lacked.add(number)
+                    self._work.file(number)
+            case _:
+                return super().on_frame(frame)
+        return True
+
+    def _on_wanted(self, directory: int, names: set[bytes] | None) -> None:
+        to_place = self._to_place.get(directory, set())
+        self._to_place[directory] = None if names is None or to_place is None else to_place | names
 
     def _hold(self, known: Known) -> None:
         known.kept += 1
@@ -423,10 +408,10 @@ class CatchUp(Sender):
             known = self.tree.table.get(ids.ROOT)
         else:
             try:
-                found = self._find(number)
+                found = self._finder.file(number)
             except CannotCatchUpError:
-                await self._search_names()
-                found = self._find(number)
+                await self._finder.search(list(self._work.files))
+                found = self._finder.file(number)
             if found is None:
                 del self._work.files[number]
                 return
@@ -441,8 +426,8 @@ class CatchUp(Sender):
         self._note_unsettled(number)
         self._hold(known)
         if regular:
-            whole = number in self._lacked or number >= self._unsent_from or (number >= self._first_new and size <= _SMALL)
-            if whole:
+            certainly_new = number in self._lacked or number >= self._unsent_from
+            if certainly_new or (number >= self._first_new and size <= whole.SMALL):
                 marks.blocks.add_range(0, (size + BLOCK - 1) // BLOCK)
             elif number >= self._first_new:
                 marks.tail = 0
@@ -450,6 +435,7 @@ class CatchUp(Sender):
                 await self.copy_range(known, start, end, holes=True)
             for start, end in marks.compared_ranges(size):
                 await self.compare_range(known, start, end)
+            self.put_capability(known)
         self._note_unsettled(number)
         await self.pace()
         self.files_done += 1

@@ -9,28 +9,35 @@ import errno
 import logging
 import os
 import stat
+from contextlib import suppress
 from typing import Final
 
 import trio
 
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
+from mirrorfs.resync import whole
 from mirrorfs.resync.making import Maker, empty_orphans
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
 log = logging.getLogger(__name__)
 
-_COPY: Final = (ops.Gather, ops.Gathered, ops.Entry, ops.NamesEqual, ops.Refresh, ops.CopyData, ops.CopyHole)
+_COPY: Final = (ops.Gather, ops.Gathered, ops.Entry, ops.Whole, ops.NamesEqual, ops.Refresh, ops.CopyData, ops.CopyHole)
 
 
 class Returning(Maker):
-    """Applies a quick resync. `lacked` are files that were made because they were not here, since it was last emptied."""
+    """Applies a quick resync.
+
+    `lacked` are files that were made because they were not here, `wanted` the names in directories that do not lead to what
+    they are to lead to (None for all that were gathered), both since they were last emptied.
+    """
 
     def __init__(self, tree: Tree, orphans: int) -> None:
         super().__init__(tree, orphans)
         self.live = False
         self.lacked: list[int] = []
+        self.wanted: list[tuple[int, list[bytes] | None]] = []
         self._here: set[int] = set()
         self._aside: dict[int, list[bytes]] = {}
         self._waiting: dict[int, list[ops.Gather | ops.Introduce]] = {}
@@ -50,10 +57,18 @@ class Returning(Maker):
             case ops.Gather():
                 self._gather(operation)
             case ops.Gathered():
-                self._waiting.clear()  # of directories that were never here
+                self.wanted += [
+                    (number, None)  # a directory that is not here
+                    for number, waiting in self._waiting.items()
+                    if any(isinstance(operation, ops.Gather) for operation in waiting)
+                ]
+                self._waiting.clear()
                 self._spoken.clear()
             case ops.Entry():
-                self._entry(operation)
+                if self._stands(operation):
+                    self.lacked.append(operation.file)
+            case ops.Whole():
+                self._whole(operation)
             case ops.NamesEqual():
                 self.live = True
             case ops.Refresh():
@@ -101,15 +116,12 @@ class Returning(Maker):
             self._waiting.setdefault(gather.directory, []).append(gather)
             return
         directory = self.tree.table.get(gather.directory)
+        wanted: list[bytes] = []
         for name, file in gather.names:
-            here = self._look(directory, name)
-            if here is None:
-                continue
-            if here.id != file:
-                self._set_aside(directory, name, here)
-            elif here.is_directory:
-                self._found(here)
-            self.tree.table.drop_unused(here)
+            if not self._is_right(directory, name, file) and file:
+                wanted.append(name)
+        if wanted:
+            self.wanted.append((gather.directory, wanted))
         if gather.complete:
             spoken = self._spoken.setdefault(gather.directory, set())
             spoken.update(name for name, _ in gather.names)
@@ -119,6 +131,22 @@ class Returning(Maker):
                     here = None if name in spoken else self._look(directory, name)
                     if here is not None:
                         self._set_aside(directory, name, here)
+
+    def _is_right(self, directory: Known, name: bytes, file: int) -> bool:
+        """Whether a name leads to this file; what else it leads to is set aside."""
+        try:
+            number, status = self.tree.peek(directory, name)
+        except FileNotFoundError:
+            return False
+        if number == file and not stat.S_ISDIR(status.st_mode):
+            return True
+        here = self.tree.lookup(directory.id, name)
+        if here.id != file:
+            self._set_aside(directory, name, here)
+        else:
+            self._found(here)
+        self.tree.table.drop_unused(here)
+        return here.id == file
 
     def _look(self, directory: Known, name: bytes) -> Known | None:
         try:
@@ -131,19 +159,41 @@ class Returning(Maker):
         self._aside.setdefault(known.id, []).append(fresh)
         self._found(known)
 
-    def _entry(self, entry: ops.Entry) -> None:
+    def _stands(self, entry: ops.Entry) -> bool:
+        """Make a name lead to its file. Returns whether the file had to be made."""
         directory = self.tree.table.get(entry.parent)
         here = self._look(directory, entry.name)
         if here is not None and here.id == entry.file:
             self._found(here)
-            return
+            return False
         if here is not None:
             self._set_aside(directory, entry.name, here)
         if entry.file in self._here:
             self._place(self.tree.table.get(entry.file), directory, entry)
-        else:
-            self.lacked.append(entry.file)
-            self._found(self.make(entry))
+            return False
+        self._found(self.make(entry))
+        return True
+
+    def _whole(self, operation: ops.Whole) -> None:
+        directory = self.tree.table.get(operation.directory)
+        for file in operation.files:
+            if file.file not in self._here and self.tree.table.find(file.file) is None:
+                with suppress(FileExistsError):
+                    whole.make(self.tree, self.tree.table.descriptor(directory), file)
+                    continue
+            self._again(operation.directory, file)
+
+    def _again(self, parent: int, file: ops.WholeFile) -> None:
+        """A file is here already, or something else is in its way: it becomes what it is at the source."""
+        self._stands(
+            ops.Entry(parent, file.name, file.file, file.mode, file.uid, file.gid, 0, len(file.data), b"", file.xattrs)
+        )
+        known = self.tree.table.get(file.file)
+        self.tree.apply(ops.SetAttributes(known.id, size=len(file.data)))
+        if file.data:
+            self.copy_data(ops.CopyData(known.id, 0, file.data))
+        self.attributes(known, ops.Refresh(known.id, file.mode, file.uid, file.gid, len(file.data), file.xattrs))
+        self.tree.apply(ops.SetAttributes(known.id, mtime_ns=file.mtime_ns))
 
     def _place(self, known: Known, directory: Known, entry: ops.Entry) -> None:
         """A file that is here gets the name: from aside if it waits there, else it has other names and gets one more."""

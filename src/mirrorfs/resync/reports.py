@@ -8,7 +8,7 @@ from pyroaring import BitMap64
 
 from mirrorfs.core import ids
 from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation
-from mirrorfs.core.wire import raw
+from mirrorfs.core.wire import Frame, message, raw
 from mirrorfs.errors import ProtocolError
 from mirrorfs.tree import Tree
 
@@ -16,6 +16,7 @@ _MAX_NAMES: Final = 1000
 _MAX_BLOCKS_SIZE: Final = 64 << 10
 _PER_FRAME: Final = 200
 _DEPTH: Final = 4096
+_MAX_WANTED: Final = 4000
 
 #: A file and the directory entry by which the reporting node knows it.
 Step = tuple[int, int, bytes]
@@ -112,6 +113,28 @@ def unpack(messages: Iterable[Any]) -> Report:
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"a malformed HOT: {error}") from error
     return Report(marks, places)
+
+
+def pack_wanted(wanted: list[tuple[int, list[bytes] | None]]) -> Iterator[list[Any]]:
+    """Directories and names in them, None for all that were gathered, as messages of bounded size."""
+    items: list[Any] = []
+    count = 0
+    for directory, names in wanted:
+        items.append([directory, names])
+        count += 1 + len(names or ())
+        if count >= _MAX_WANTED:
+            yield items
+            items, count = [], 0
+    if items:
+        yield items
+
+
+def unpack_wanted(frame: Frame) -> list[tuple[int, set[bytes] | None]]:
+    """What `pack_wanted` has packed; ProtocolError if it is not that."""
+    try:
+        return [(_id(directory), None if names is None else set(map(raw, names))) for directory, names in message(frame)]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
 
 
 def _id(value: Any) -> int:

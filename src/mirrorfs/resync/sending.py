@@ -4,13 +4,16 @@ import errno
 import os
 import stat
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 import trio
 
 from mirrorfs.config import ResyncConfig
 from mirrorfs.core import operations as ops
-from mirrorfs.core.wire import Frame
+from mirrorfs.core import wire
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import ProtocolError
 from mirrorfs.resync.hashes import COMPARED, HASH_SIZE, hashes
 from mirrorfs.resync.layout import segments
 from mirrorfs.resync.pacing import Bucket
@@ -31,8 +34,9 @@ _COMPARE_PIECE: Final = 4 << 20
 #: Hashes of so many pieces may be under way.
 _COMPARES: Final = 4
 #: After so long the application gets its turn.
-_TURN_S: Final = 0.001
+TURN_S: Final = 0.001
 _LONG_HOLE: Final = 1 << 20
+_CAPABILITY: Final = b"security.capability"
 
 
 class Sender:
@@ -55,7 +59,6 @@ class Sender:
         self._pieces_a_turn = _PIECES_A_TURN[settings.priority]
         self._pieces = 0
         self._compared: dict[int, tuple[trio.Event, list[bytes]]] = {}
-        self._turn = 0.0
         self._on_the_way: deque[tuple[int, int]] = deque()
         self._on_the_way_bytes = 0
 
@@ -108,6 +111,13 @@ class Sender:
             )
         )
         return status
+
+    def put_capability(self, known: Known) -> None:
+        """The data of a file was sent: give it back the capability that writing takes away."""
+        if known.gone:
+            return
+        with suppress(OSError):
+            self.stream.put(ops.SetXattr(known.id, _CAPABILITY, self.tree.xattr(known, _CAPABILITY)))
 
     async def copy_range(self, known: Known, start: int, end: int, *, holes: bool) -> None:
         """Send the data between two offsets, and with `holes` where none is; what is written meanwhile is on the stream."""
@@ -199,12 +209,15 @@ class Sender:
                 self.bytes_done -= min(COMPARED, offset + size - first)
                 await self.copy_range(known, first, min(first + COMPARED, offset + size), holes=True)
 
-    def on_hashes(self, frame: Frame) -> None:
-        """The target's answer to a `Compare`."""
+    def on_frame(self, frame: Frame) -> bool:
+        """Take in what the target answers; False if it is no answer to a resync."""
+        if frame.kind is not Kind.HASHES:
+            return False
         if frame.sequence in self._compared:
             answered, answer = self._compared[frame.sequence]
             answer.append(frame.payload)
             answered.set()
+        return True
 
     async def pace(self, cost: int = ENTRY_COST) -> None:
         """Leave room for the application: bound what is on its way and the rate, and give others their turn."""
@@ -219,3 +232,11 @@ class Sender:
         self._pieces += 1
         if self._pieces % self._pieces_a_turn == 0:
             await trio.lowlevel.checkpoint()
+
+
+def ids_in(frame: Frame) -> list[int]:
+    """The ids of files in a frame; ProtocolError if it holds something else."""
+    numbers = wire.message(frame)
+    if not isinstance(numbers, list) or not all(type(number) is int and 0 < number < 1 << 63 for number in numbers):
+        raise ProtocolError(f"a malformed {frame.kind.name}")
+    return numbers
