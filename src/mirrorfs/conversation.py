@@ -223,7 +223,7 @@ class Conversation:
         self._link.send_message(Kind.JOIN, epochs.pack_record(node.keeper.record))
         took_s = time.monotonic() - started
         log.info(
-            "%s: %d files, %d bytes copied, %d bytes compared in %.1f s",
+            "%s: %d files, %d bytes copied, %d bytes compared in %.2f s",
             theirs.node,
             copier.files_done,
             copier.bytes_sent,
