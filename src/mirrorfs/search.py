@@ -37,9 +37,13 @@ def find_names(root: int, inodes: AbstractSet[int]) -> dict[int, list[Hit]]:
     return found
 
 
+def _readable(directory: int) -> int:
+    return os.open(f"/proc/self/fd/{directory}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def name_in(directory: int, inode: int) -> bytes:
     """A name of the file with this inode number in a directory, by any descriptor of it; ESTALE if it has none there."""
-    readable = os.open(f"/proc/self/fd/{directory}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    readable = _readable(directory)
     try:
         with os.scandir(readable) as entries:
             for entry in entries:
@@ -48,3 +52,13 @@ def name_in(directory: int, inode: int) -> bytes:
     finally:
         os.close(readable)
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def directories_in(directory: int) -> list[bytes]:
+    """The names of the directories in a directory, by any descriptor of it."""
+    readable = _readable(directory)
+    try:
+        with os.scandir(readable) as entries:
+            return [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    finally:
+        os.close(readable)

@@ -24,6 +24,7 @@ from typing import Final
 
 import trio
 
+from mirrorfs import search
 from mirrorfs.config import ResyncConfig
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
@@ -83,6 +84,7 @@ class CatchUp(Sender):
         self._note_introduced = note_introduced
         self._note_unsettled = note_unsettled
         self._to_place: dict[int, set[bytes] | None] = {}
+        self._unlisted: set[int] = set()
         self._placed: set[int] = set()
         self._said: set[int] = set()
         self._linked: dict[int, int] = {}
@@ -165,6 +167,7 @@ class CatchUp(Sender):
                     await self._place(batch, depths)
                 self._let_go()
                 self._to_place.clear()
+                self._unlisted.clear()
             elif await self.stream.applied(self.stream.sent) and not self._work.names:
                 break
             if self.stream.broken:
@@ -209,13 +212,14 @@ class CatchUp(Sender):
         number, names = directory.id, batch[directory.id]
         self._hold(directory)
         depths[number] = self._hint(directory)
-        is_new = number >= self._unsent_from and number not in self._placed  # then nothing stands in it at the target
-        to_place = self._to_place[number] = None if is_new else set()
+        if number >= self._unsent_from and number not in self._placed:
+            return self._look_into(directory, batch)
+        to_place = self._to_place[number] = set[bytes]()
         found, more = list[tuple[bytes, int]](), list[int]()
         for count, name in enumerate(self.tree.names(directory) if names is None else sorted(names)):
             if count % 256 == 255:
                 await trio.lowlevel.checkpoint()
-            seen = self._peek(directory, name, unless_plain=is_new)
+            seen = self._peek(directory, name)
             if seen is None:
                 found.append((name, 0))
                 continue
@@ -231,19 +235,29 @@ class CatchUp(Sender):
                 more.append(file)
             elif is_linked and not is_directory:
                 self._linked[status.st_ino] = file
-            if to_place is not None and file >= self._first_new:
+            if file >= self._first_new:
                 to_place.add(name)  # nothing of it is marked: whatever the target has is refreshed
-        if not is_new:
-            await self._put_gather(number, found, complete=names is None)
+        await self._put_gather(number, found, complete=names is None)
         return more
 
-    def _peek(self, directory: Known, name: bytes, *, unless_plain: bool) -> tuple[int, os.stat_result] | None:
-        """Id and status of what stands under a name, None if nothing does; or if it is a plain file, where that is enough."""
+    def _look_into(self, directory: Known, batch: dict[int, set[bytes] | None]) -> list[int]:
+        """A directory that is new to the target: nothing stands in it there, and only the directories in it matter yet."""
+        batch[directory.id] = self._to_place[directory.id] = None
+        self._unlisted.add(directory.id)
+        more = list[int]()
+        for name in search.directories_in(self.tree.table.descriptor(directory)):
+            seen = self._peek(directory, name)
+            if seen is not None:
+                number, _ = seen
+                self._finder.note(number, directory.id, name)
+                if number >= self._first_new:
+                    batch[number] = None
+                    more.append(number)
+        return more
+
+    def _peek(self, directory: Known, name: bytes) -> tuple[int, os.stat_result] | None:
+        """Id and status of what stands under a name, None if nothing does."""
         try:
-            if unless_plain:
-                status = os.stat(name, dir_fd=self.tree.table.descriptor(directory), follow_symlinks=False)
-                if status.st_nlink == 1 and not stat.S_ISDIR(status.st_mode):
-                    return None
             number, status = self.tree.peek(directory, name)
             if number is None:
                 known = self.tree.lookup(directory.id, name)
@@ -333,6 +347,10 @@ class CatchUp(Sender):
             self._work.name(directory.id, name)
             return
         if not known.is_directory and self.tree.stat(known).st_nlink > 1:
+            if directory.id in self._unlisted:
+                self._work.name(directory.id, name)  # its other names have to be told first
+                self.tree.table.drop_unused(known)
+                return
             # The target may have it under another name, where it is right and was not set aside.
             for parent, other in {*known.names, *self._finder.candidates(known.id)} - {(directory.id, name)}:
                 self.stream.put(ops.Introduce(parent, other, known.id))
