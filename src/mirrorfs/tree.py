@@ -300,6 +300,8 @@ class Tree:
     @staticmethod
     def foreign(names: list[str]) -> list[bytes]:
         """Names of extended attributes without our own."""
+        if names == [ID_XATTR]:
+            return []
         return [os.fsencode(name) for name in names if name not in _OWN_XATTRS]
 
     def statvfs(self) -> os.statvfs_result:

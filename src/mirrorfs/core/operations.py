@@ -415,9 +415,9 @@ def _is_name(value: object) -> bool:
     return (
         type(value) is bytes
         and 0 < len(value) <= 255
-        and value not in (b".", b"..")
         and b"/" not in value
         and b"\0" not in value
+        and value not in (b".", b"..")
     )
 
 
@@ -446,18 +446,17 @@ _are_xattrs: Final = _are_pairs(_is_xattr_name, _is_bytes)
 
 
 def _are_files(value: object) -> bool:
-    return type(value) is tuple and all(
-        type(file) is WholeFile
-        and _is_name(file.name)
-        and _is_id(file.file)
-        and _is_number(file.mode)
-        and _is_number(file.uid)
-        and _is_number(file.gid)
-        and _is_time(file.mtime_ns)
-        and _are_xattrs(file.xattrs)
-        and _is_bytes(file.data)
-        for file in value
-    )
+    if type(value) is not tuple:
+        return False
+    for file in value:
+        if type(file) is not WholeFile:
+            return False
+        name, number, mode, uid, gid, mtime_ns, xattrs, data = file
+        if not (_is_name(name) and _is_id(number) and _is_number(mode) and _is_number(uid) and _is_number(gid)):
+            return False
+        if not (_is_time(mtime_ns) and (xattrs == () or _are_xattrs(xattrs)) and type(data) is bytes):
+            return False
+    return True
 
 
 def _or_none(check: Check) -> Check:

@@ -310,11 +310,11 @@ class CatchUp(Sender):
                 size += len(file.data)
             is_full = len(files) >= _WHOLE_PER_FRAME or size >= _WHOLE_BYTES_PER_FRAME
             if is_full or trio.current_time() - began > TURN_S:
-                self._put_whole(directory, files)
+                self._put_whole(directory, files, size)
                 await self.pace(max(size + ENTRY_COST // 16 * len(files), ENTRY_COST))
                 files, size = [], 0
                 began = trio.current_time()
-        self._put_whole(directory, files)
+        self._put_whole(directory, files, size)
         await self.pace(size + ENTRY_COST)
 
     def _whole(self, directory: Known, name: bytes) -> ops.WholeFile | None:
@@ -323,16 +323,16 @@ class CatchUp(Sender):
             return None
         return whole.read(self.tree, self.tree.table.descriptor(directory), name, self._first_new)
 
-    def _put_whole(self, directory: Known, files: list[ops.WholeFile]) -> None:
+    def _put_whole(self, directory: Known, files: list[ops.WholeFile], size: int) -> None:
         if not files:
             return
         self.stream.put(ops.Whole(directory.id, tuple(files)))
+        before = self.bytes_done
+        self.bytes_done += size
+        self.bytes_sent += size
+        self.files_done += len(files)
+        self.settle_estimate(sum(self._estimates.pop(file.file, 0) for file in files) if self._estimates else 0, before)
         for file in files:
-            before = self.bytes_done
-            self.bytes_done += len(file.data)
-            self.bytes_sent += len(file.data)
-            self.settle_estimate(self._estimates.pop(file.file, 0), before)
-            self.files_done += 1
             self._work.files.pop(file.file, None)
             self._said.discard(file.file)
 

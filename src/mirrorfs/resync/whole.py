@@ -40,9 +40,11 @@ def read(tree: Tree, directory: int, name: bytes, first_new: int) -> WholeFile |
         data = bytearray(size)
         if size and os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) != size:
             return None
-        xattrs = tuple((key, os.getxattr(descriptor, key)) for key in tree.foreign(os.listxattr(descriptor)))
-        if sum(len(key) + len(value) for key, value in xattrs) > _MAX_XATTRS:
-            return None
+        xattrs: tuple[tuple[bytes, bytes], ...] = ()
+        if names := tree.foreign(os.listxattr(descriptor)):
+            xattrs = tuple((key, os.getxattr(descriptor, key)) for key in names)
+            if sum(len(key) + len(value) for key, value in xattrs) > _MAX_XATTRS:
+                return None
     except OSError:
         return None
     finally:
@@ -57,10 +59,8 @@ def make(tree: Tree, directory: int, file: WholeFile) -> None:
     try:
         status = os.fstat(descriptor)
         tree.stamp(descriptor, status.st_ino, file.file)
-        names = {name for name, _ in file.xattrs}
         for name in tree.foreign(os.listxattr(descriptor)):
-            if name not in names:
-                os.removexattr(descriptor, name)  # a default ACL of the directory has given it
+            os.removexattr(descriptor, name)  # a default ACL of the directory has given it
         # What is written and who owns it first: both take special bits and capabilities away.
         if file.data and os.pwrite(descriptor, file.data, 0) < len(file.data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
