@@ -116,18 +116,25 @@ class Activity:
             self._keeper.failed(error)
             raise
 
-    async def checkpointed(self, number: int, volume_id: str) -> None:
-        """As the primary: both nodes have synced what came before the last cut."""
+    async def checkpointed(self, number: int, volume_id: str, *, whole: bool = True) -> None:
+        """As the primary: both nodes have synced what came before the last cut, or if that is not the `whole` of it, what a
+        resync has brought over."""
         async with self._writing:
-            self.dirty.checkpointed(number)
+            if number <= self.dirty.head.number:
+                return  # a later one was faster
+            if whole:
+                self.dirty.checkpointed(number)
+            else:
+                self.dirty.resynced(number)
             self.dirty.head = replace(self.dirty.head, volume_id=volume_id)
             await self._save()
 
     async def synced(self, number: int, volume_id: str) -> None:
         """As the standby: this node has synced what came before checkpoint `number`."""
         async with self._writing:
-            self.dirty.head = replace(self.dirty.head, number=number, volume_id=volume_id)
-            await self._save()
+            if number > self.dirty.head.number:
+                self.dirty.head = replace(self.dirty.head, number=number, volume_id=volume_id)
+                await self._save()
 
     def cleared(self, number: int, new_from: int) -> None:
         """As the standby: checkpoint `number` is durable on both nodes. On disk that is seen with the next `save`: what stands

@@ -66,7 +66,7 @@ class Primary:
         self.loss = ""
         self._settings, self._resync = config.replication, config.resync
         self._unsent_from = keeper.next_id()
-        self._peer_number = 0
+        self._last_number = 0
         self._disk_failed = disk_failed
         self._changed = trio.Event()
         self._frozen_at = math.inf
@@ -358,12 +358,20 @@ class Primary:
                 stream = self.stream
                 if await self._checkpoint(stream):
                     stream.put(ops.Checkpointed(self.activity.dirty.head.number))
+            elif isinstance(self.copier, CatchUp) and self.copier.live:
+                await self._checkpoint_within(self.copier)
 
-    async def _checkpoint(self, stream: Stream) -> bool:
+    async def _checkpoint_within(self, copier: CatchUp) -> None:
+        """Should the resync end early, what it has brought over so far need not be brought again."""
+        if copier.brought.begin_checkpoint() and await self._checkpoint(copier.stream, whole=False):
+            copier.brought.end_checkpoint()
+
+    async def _checkpoint(self, stream: Stream, *, whole: bool = True) -> bool:
         """False if it did not come about: what is dirty stays so."""
         self.settle_all()
+        self._last_number = max(self.activity.dirty.head.number, self._last_number) + 1
         try:
-            done = await make_checkpoint(stream, self.tree, self.activity, self.keeper, peer_number=self._peer_number)
+            done = await make_checkpoint(stream, self.tree, self.activity, self.keeper, self._last_number, whole=whole)
         except OSError as error:
             self.disk_failed(error)
             return False
@@ -380,7 +388,7 @@ class Primary:
         if self.mode not in (Mode.ALONE, Mode.FROZEN) or self.stream is not None:
             raise ProtocolError("FOLLOWING from a node that was not asked to follow")
         self.stream = stream = Stream(link)
-        self._peer_number = theirs.number
+        self._last_number = theirs.number
         self._introductions = introductions = Introductions(self.tree, stream)
         if report is None:
             self.copier = Copier(self.tree, stream, settings=self._resync, note_unsettled=self._times.add)
@@ -445,6 +453,8 @@ class Primary:
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.end()
+            if isinstance(self.copier, CatchUp):
+                self.copier.brought.give_back()
             self._unsent_from = self.keeper.next_id()  # a resync that was broken off may have sent what is older
         self.copier, self._flush_both = None, False
         return stream

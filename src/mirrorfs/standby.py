@@ -18,6 +18,7 @@ import trio
 from mirrorfs.activity import Activity
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
+from mirrorfs.core.dirty import END, Extents, Located
 from mirrorfs.core.epochs import Record, Standing, unpack_record
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import JournalError, LinkLostError, ProtocolError
@@ -106,6 +107,8 @@ class Standby:
                 case _ if self.in_sync and self._witness.handles(operation):
                     await self._witness.take(operation, frame.sequence)
                 case _:
+                    if isinstance(operation, ops.Entry) and isinstance(self.target, Returning):
+                        await self._mark_lacked(operation, self.target)
                     self._apply(operation)
                     if isinstance(operation, ops.NamesEqual) and isinstance(self.target, Returning):
                         await self.target.empty_aside()
@@ -133,6 +136,19 @@ class Standby:
             self.tree.apply(operation)
             if isinstance(operation, ops.MakeNode | ops.Symlink):
                 self.tree.table.pin(self.tree.table.get(operation.file))
+
+    async def _mark_lacked(self, entry: ops.Entry, target: Returning) -> None:
+        """A file that should be here is about to be made: if the resync ends before its data is here, the next one must know.
+
+        What is newer than this node's set is brought over in any case.
+        """
+        dirty = self._activity.dirty
+        if entry.file >= dirty.head.new_from or not target.lacks(entry):
+            return
+        above = self.tree.table.handle(self.tree.table.get(entry.parent))
+        located = Located(entry.file, b"", entry.parent, above, entry.name)
+        await self._activity.make_durable([located, Extents(entry.file, 0, END)])
+        dirty.now.file(entry.file).tail = 0
 
     def acknowledge(self) -> None:
         """Tell the primary how far this node has come."""

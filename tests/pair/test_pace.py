@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mirrorfs.lab.pair import Host, Lab
-from tests.pair.support import Load, mirrorfs, start_mirrored, status, tree_differences
+from mirrorfs.lab.pair import Host, Lab, wait_for
+from tests.pair.support import Load, mirrorfs, start_mirrored, status, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
 
@@ -120,3 +120,28 @@ def test_what_is_only_read_to_be_compared_counts_too(unstarted: Lab) -> None:
     assert {moment["kind"] for moment in said["one"]} == {"quick"}
     assert said["two"][-1]["bytes_received"] < MIB, "next to nothing differs"
     assert tree_differences(lab) == []
+
+
+def test_a_resync_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    with Lab.create(tmp_path / "lab", options={"ack_timeout": "1s", "checkpoint_interval": "300ms"}) as lab:
+        _configure(lab, 'rate_limit = "8MiB/s"')
+        start_mirrored(lab)
+        _fill(lab.one, 32 * MIB)
+        wait_for(lambda: lab.one.status()["dirty_names"] == 0, "a checkpoint")
+        lab.two.kill()
+        wait_state(lab.one, "solo")
+        for number in range(8):
+            with open(lab.one.mount / f"file-{number}", "r+b") as file:
+                file.write(os.urandom(4 * MIB))
+        lab.two.start()
+        wait_for(lambda: status(lab.one).get("resync", {}).get("bytes_done", 0) >= 16 * MIB, "half of it")
+        lab.two.kill()
+        wait_state(lab.one, "solo")
+        with open(lab.one.mount / "file-0", "r+b") as file:
+            file.write(b"once more")
+        lab.two.start()
+        wait_for(lambda: "resync" in status(lab.one), "it goes on")
+        expected = int(status(lab.one)["resync"]["bytes_total"])
+        lab.wait_mirrored()
+        assert expected < 24 * MIB, "of 32"
+        assert tree_differences(lab) == []

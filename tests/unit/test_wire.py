@@ -239,13 +239,11 @@ _NOT_XATTRS = [
 ]
 _NOT_GATHERED = [None, 5, b"name", [b"name"], [[b"name"]], [[b"name", -1]], [[b"name", 1 << 63]], [[b"a/b", 5]], [["name", 5]]]
 _FILE = [b"name", 6, 0o100644, 0, 0, 0, [], b"data"]
-_NOT_FILES = [None, 5, b"name", [b"name"], [[]], [_FILE[:-1]], [[*_FILE, 0]]] + [
-    [[*_FILE[:at], value, *_FILE[at + 1 :]]]
-    for at, values in enumerate(
-        [_NOT_NAMES, _NOT_IDS, _NOT_NUMBERS, _NOT_NUMBERS, _NOT_NUMBERS, _NOT_TIMES, _NOT_XATTRS, _NOT_BYTES]
-    )
-    for value in values
+_OF_A_FILE: list[list[Any]] = [
+    *(_NOT_NAMES, _NOT_IDS, _NOT_NUMBERS, _NOT_NUMBERS, _NOT_NUMBERS, _NOT_TIMES, _NOT_XATTRS, _NOT_BYTES)
 ]
+_NOT_FILES: list[Any] = [None, 5, b"name", [b"name"], [[]], [_FILE[:-1]], [[*_FILE, 0]]]
+_NOT_FILES += [[[*_FILE[:at], value, *_FILE[at + 1 :]]] for at, values in enumerate(_OF_A_FILE) for value in values]
 _NOT_RANGES = [None, 5, b"name", [5], [[5]], [[5, -1]], [[5, 1 << 63]], [[b"5", 5]], [[0, 4096, 8192]]]
 _UNSOUND: dict[str, list[Any]] = {
     **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),

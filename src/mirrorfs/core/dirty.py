@@ -432,6 +432,19 @@ class DirtySet:
         self.located = {file: at for file, at in self.located.items() if file in files}
         self._at = {(at.parent, at.name): file for file, at in self.located.items() if at.parent}
 
+    def take(self, number: int) -> FileMarks:
+        """Take the marks of a file out of the set: it is being brought over."""
+        taken = FileMarks()
+        for generation in (self.old, self.now):
+            marks = generation.files.pop(number, None)
+            if marks is not None:
+                taken.add(marks)
+        return taken
+
+    def resynced(self, number: int) -> None:
+        """Both nodes have synced, in the middle of a resync: what is marked still is all that may differ since."""
+        self.head = replace(self.head, number=number, base=number)
+
     def synced(self, number: int) -> None:
         """As the standby: all that came before checkpoint `number` is durable here."""
         self.head = replace(self.head, number=number)

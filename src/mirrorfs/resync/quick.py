@@ -31,6 +31,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import BLOCK, DirtySet, Generation
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.resync import whole
+from mirrorfs.resync.brought import Brought
 from mirrorfs.resync.finding import CannotCatchUpError, Finder
 from mirrorfs.resync.reports import Report, unpack_wanted
 from mirrorfs.resync.sending import DEFAULT, ENTRY_COST, TURN_S, Sender, ids_in
@@ -45,6 +46,8 @@ _NAMES_PER_FRAME: Final = 2000
 _WHOLE_PER_FRAME: Final = 64
 _WHOLE_BYTES_PER_FRAME: Final = 256 << 10
 _NO_ID: Final = 1 << 63
+#: A large file counts as brought over in steps of so many bytes, a multiple of `EXTENT`.
+_STEP: Final = 256 << 20
 
 
 class CatchUp(Sender):
@@ -75,6 +78,7 @@ class CatchUp(Sender):
         super().__init__(tree, stream, settings)
         self.live = False
         self._estimates: dict[int, int] = {}
+        self.brought = Brought(dirty)
         self._work = dirty.all()
         self._work.add(theirs.marks)
         self._finder = Finder(tree, dirty.located, theirs.places)
@@ -437,6 +441,7 @@ class CatchUp(Sender):
             self._introduce(parent, name, number)
         status = self.tree.stat(known)
         marks = self._work.files.pop(number)
+        self.brought.begin(number)
         regular = stat.S_ISREG(status.st_mode)
         size = status.st_size if regular else 0
         if number < self._unsent_from or number not in self._said:  # else its entry has said it all
@@ -450,10 +455,17 @@ class CatchUp(Sender):
             elif number >= self._first_new:
                 marks.tail = 0
             for start, end in marks.block_ranges(size):
-                await self.copy_range(known, start, end, holes=True)
+                for at in range(start, end, _STEP):
+                    stop = min(at + _STEP, end)
+                    await self.copy_range(known, at, stop, holes=True)
+                    self.brought.sent(number, stop, compared=False)
             for start, end in marks.compared_ranges(size):
-                await self.compare_range(known, start, end)
+                for at in range(start, end, _STEP):
+                    stop = min(at + _STEP, end)
+                    await self.compare_range(known, at, stop)
+                    self.brought.sent(number, stop, compared=True)
             self.put_capability(known)
+        self.brought.end(number)
         self._note_unsettled(number)
         await self.pace()
         self.files_done += 1

@@ -174,6 +174,16 @@ class Returning(Maker):
         self._found(self.make(entry))
         return True
 
+    def lacks(self, entry: ops.Entry) -> bool:
+        """Whether the file of an entry is not here and will be made."""
+        if entry.file in self._here:
+            return False
+        try:
+            number, _ = self.tree.peek(self.tree.table.get(entry.parent), entry.name)
+        except FileNotFoundError:
+            return True
+        return number != entry.file
+
     def _whole(self, operation: ops.Whole) -> None:
         directory = self.tree.table.get(operation.directory)
         for file in operation.files:
