@@ -145,3 +145,28 @@ def test_a_resync_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> No
         lab.wait_mirrored()
         assert expected < 24 * MIB, "of 32"
         assert tree_differences(lab) == []
+
+
+def test_what_a_broken_off_resync_has_made_is_refreshed_by_the_next(tmp_path: Path) -> None:
+    with Lab.create(tmp_path / "lab", options={"ack_timeout": "1s"}) as lab:
+        _configure(lab, 'rate_limit = "8MiB/s"')
+        start_mirrored(lab)
+        lab.two.kill()
+        wait_state(lab.one, "solo")
+        new = lab.one.mount / "new"
+        new.mkdir()
+        (new / "directory").mkdir()
+        (new / "link").symlink_to("nowhere")
+        (new / "small").write_text("small")
+        (new / "large").write_bytes(os.urandom(24 * MIB))
+        lab.two.start()
+        wait_for(lambda: status(lab.one).get("resync", {}).get("bytes_done", 0) >= 8 * MIB, "a third of it")
+        lab.two.kill()
+        wait_state(lab.one, "solo")
+        for name in ("directory", "small", "large"):
+            os.chmod(new / name, 0o700)
+            os.setxattr(new / name, "user.note", b"changed since")
+        (new / "small").write_text("large")
+        lab.two.start()
+        lab.wait_mirrored()
+        assert tree_differences(lab) == []

@@ -3,7 +3,9 @@
 import os
 import random
 import shutil
+import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
@@ -133,6 +135,33 @@ def test_after_a_crash_only_what_was_hot_is_compared_and_only_blocks_that_differ
 
 
 # ---- stories
+
+
+def test_a_target_with_few_descriptors_takes_many_files(lab: Lab) -> None:
+    _alone(lab)
+    for number in range(500):
+        (lab.one.mount / f"file-{number}").write_bytes(os.urandom(70_000))
+    launch = (
+        "import resource, sys, pathlib, mirrorfs.lab.pair\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+        "mirrorfs.lab.pair.Lab(pathlib.Path(sys.argv[1])).two.launch()\n"
+    )
+    subprocess.run([sys.executable, "-c", launch, lab.dir], check=True)
+    lab.wait_mirrored()
+    assert tree_differences(lab) == []
+
+
+def test_a_capability_outlives_the_data_that_is_written_over_it(lab: Lab) -> None:
+    capability = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)  # cap_net_bind_service, effective
+    (lab.one.mount / "old").write_bytes(os.urandom(MIB))
+    _alone(lab)
+    for name, size in {"old": MIB, "small": 4096, "large": MIB}.items():
+        (lab.one.mount / name).write_bytes(os.urandom(size))
+        os.setxattr(lab.one.mount / name, "security.capability", capability)
+    _return(lab)
+    assert [os.getxattr(lab.two.backing / name, "security.capability") for name in ("old", "small", "large")] == [
+        capability
+    ] * 3
 
 
 def test_a_file_moved_between_directories_in_either_order_of_their_ids_is_moved_and_not_copied(checkpointing: Lab) -> None:

@@ -318,7 +318,7 @@ class Target(Maker):
         self.tree.table.unbind(entry.file)
         known = self.tree.lookup(entry.parent, entry.name)
         self.attributes(known, entry)
-        self.tree.apply(ops.SetAttributes(entry.file, size=entry.size))
+        self.resize(known, entry.size)
         self.kept.append(entry.file)
         return known
 

@@ -38,7 +38,7 @@ class Maker:
                 ops.MakeNode(entry.parent, entry.name, entry.file, entry.mode, entry.uid, entry.gid, entry.rdev)
             )
             if entry.size:
-                self.tree.apply(ops.SetAttributes(entry.file, size=entry.size))
+                self.resize(known, entry.size)
         self.attributes(known, entry)
         return known
 
@@ -57,11 +57,22 @@ class Maker:
         for name, value in xattrs.items():
             self.tree.apply(ops.SetXattr(known.id, name, value))
 
+    def resize(self, known: Known, size: int) -> None:
+        """Give a file its size."""
+        self.tree.apply(ops.SetAttributes(known.id, size=size))
+        self._leave_to_checkpoint(known)
+
     def copy_data(self, change: ops.CopyData) -> None:
         """Put a piece of the copy into its file."""
         written = self.tree.apply(ops.Write(change.file, change.offset, change.data))
         if written < len(change.data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._leave_to_checkpoint(self.tree.table.get(change.file))
+
+    @staticmethod
+    def _leave_to_checkpoint(known: Known) -> None:
+        """The checkpoint at the end makes it durable and learns of every error: its descriptor need not be kept for that."""
+        known.synced = known.version
 
     def copy_hole(self, hole: ops.CopyHole) -> None:
         """Make a hole in a file."""
@@ -71,6 +82,7 @@ class Maker:
         if end >= self.tree.stat(known).st_size:
             end += -end % BLOCK  # or the last block would stay, with zeros in it
         backing.punch_hole(self.tree.table.data(known), hole.offset, end - hole.offset)
+        self._leave_to_checkpoint(known)
 
     def set_aside(self, directory: Known, name: bytes) -> bytes:
         """Move what stands under a name into `orphans`; returns its name there."""

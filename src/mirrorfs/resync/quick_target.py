@@ -199,7 +199,7 @@ class Returning(Maker):
             ops.Entry(parent, file.name, file.file, file.mode, file.uid, file.gid, 0, len(file.data), b"", file.xattrs)
         )
         known = self.tree.table.get(file.file)
-        self.tree.apply(ops.SetAttributes(known.id, size=len(file.data)))
+        self.resize(known, len(file.data))
         if file.data:
             self.copy_data(ops.CopyData(known.id, 0, file.data))
         self.attributes(known, ops.Refresh(known.id, file.mode, file.uid, file.gid, len(file.data), file.xattrs))
@@ -238,4 +238,4 @@ class Returning(Maker):
         known = self.tree.table.get(refresh.file)
         self.attributes(known, refresh)
         if stat.S_ISREG(refresh.mode):
-            self.tree.apply(ops.SetAttributes(known.id, size=refresh.size))
+            self.resize(known, refresh.size)
