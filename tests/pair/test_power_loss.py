@@ -8,15 +8,20 @@ the writers have noted counts: all of it on a node that was not hit, what was sy
 """
 
 import os
+import re
 import shutil
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from mirrorfs.errors import ConfirmationNeededError, RefusedError
 from mirrorfs.journal import Journal
 from mirrorfs.lab.disks import PowerDisks
-from mirrorfs.lab.pair import Host, Lab
+from mirrorfs.lab.pair import Host, Lab, wait_for
 from tests.pair.support import (
     DURABLE_KINDS,
     WRITER_KINDS,
@@ -40,13 +45,23 @@ KINDS = tuple(dict.fromkeys(WRITER_KINDS + DURABLE_KINDS))
 
 StartLoad = Callable[..., Load]
 
+#: A file of which only the first part is written, at random: a resync has no reason to read the rest.
+_BASE_BYTES, _HOT_BYTES = 64 << 20, 12 << 20
+_SCATTER = (
+    "import os, random, sys\n"
+    "descriptor = os.open(sys.argv[1], os.O_WRONLY)\n"
+    "while True: os.pwrite(descriptor, os.urandom(4096), random.randrange(int(sys.argv[2]) >> 12) << 12)\n"
+)
+
 
 @pytest.fixture
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A mirrored pair on disks of their own, that misses its peer after a second of silence."""
-    with Lab.create(tmp_path_factory.mktemp("lab"), options={"ack_timeout": "1s"}) as lab:
+    with Lab.create(tmp_path_factory.mktemp("lab"), options={"ack_timeout": "1s", "checkpoint_interval": "2s"}) as lab:
         PowerDisks.create(lab)
         start_mirrored(lab)
+        (lab.one.mount / "base").write_bytes(os.urandom(_BASE_BYTES))
+        wait_for(lambda: lab.one.status()["dirty_names"] == 0, "a checkpoint")
         yield lab
 
 
@@ -63,6 +78,17 @@ def _cut(disks: PowerDisks, load: Load, *hosts: Host) -> None:
     assert set(errors) <= {"ECONNABORTED", "ENOTCONN", "EIO"}, errors
 
 
+@contextmanager
+def _scattered(host: Host) -> Iterator[None]:
+    """Blocks of the base are written meanwhile, until the mount has gone."""
+    command = [sys.executable, "-c", _SCATTER, host.mount / "base", str(_HOT_BYTES)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as writer:
+        try:
+            yield
+        finally:
+            writer.kill()
+
+
 def _boots(host: Host) -> set[str]:
     """The boots of the members of the in-sync set, as the host has them on its disk."""
     epoch = Journal(host.state_dir).load().epoch
@@ -75,10 +101,22 @@ class _Count:
 
     def __init__(self) -> None:
         self.cuts = self.synced = self.acknowledged = self.felt = 0
+        self.compared: list[int] = []
+        self.copied: list[int] = []
 
-    def add(self, *loads: Load, lost: list[str] | None = None) -> None:
-        """One more cut under these loads, and what it took of the changes that were acknowledged and not fsynced."""
+    def add(self, source: Host, *loads: Load, lost: list[str] | None = None) -> None:
+        """One more cut under these loads, and what it took of the changes that were acknowledged and not fsynced.
+
+        The source has brought the other node back by what may differ, and read no more than that.
+        """
         self.cuts += 1
+        log = source.log.read_text()
+        kinds = re.findall(r"bringing \w+ in sync, (.*)", log)
+        copied, compared = re.findall(r"(\d+) bytes copied, (\d+) bytes compared", log)[-1]
+        assert kinds[-1] == "by what may differ"
+        assert int(compared) <= _HOT_BYTES
+        self.compared.append(int(compared))
+        self.copied.append(int(copied))
         self.felt += bool(lost)
         for load in loads:
             self.synced += load.noted(DURABLE_KINDS)
@@ -86,7 +124,14 @@ class _Count:
 
     def __str__(self) -> str:
         lost = f"; {self.felt} cuts took something that was not fsynced" if self.felt else ""
-        return f"{self.cuts} power cuts, {self.acknowledged} acknowledged changes, {self.synced} fsynced, none missing{lost}"
+        read = ", ".join(
+            f"{max(figures) / 2**20:.1f} MiB {what} at most (median {statistics.median(figures) / 2**20:.1f})"
+            for what, figures in {"compared": self.compared, "copied": self.copied}.items()
+        )
+        return (
+            f"{self.cuts} power cuts, {self.acknowledged} acknowledged changes, {self.synced} fsynced, none missing{lost}; "
+            f"in each return {read}; the base has {_BASE_BYTES >> 20} MiB, of which {_HOT_BYTES >> 20} were written at random"
+        )
 
 
 def _settle(lab: Lab, cut: int, *loads: Load) -> None:
@@ -112,8 +157,9 @@ def test_power_loss_of_the_primary_loses_nothing_acknowledged(lab: Lab, disks: P
     for cut in range(CUTS):
         standby = other(lab, primary)
         load = start_load(primary.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
-        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
-        _cut(disks, load, primary)
+        with _scattered(primary):
+            load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+            _cut(disks, load, primary)
         wait_peer_lost(standby)
         standby.promote(yes=True)
         assert load.missing(standby.mount) == [], f"missing after cut {cut}"
@@ -127,7 +173,7 @@ def test_power_loss_of_the_primary_loses_nothing_acknowledged(lab: Lab, disks: P
         assert lab.primary() is standby, "the old primary follows"
         meanwhile.wait_noted(30)
         assert meanwhile.stop() == [""] * len(meanwhile.notes), "the return of a node is not felt by applications"
-        count.add(load, meanwhile)
+        count.add(standby, load, meanwhile)
         _settle(lab, cut, load, meanwhile)
         primary = standby
     print(f"primary: {count}")
@@ -140,10 +186,11 @@ def test_power_loss_of_the_standby_is_not_felt_and_it_becomes_equal_again(
     count = _Count()
     for cut in range(CUTS):
         load = start_load(lab.one.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
-        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
-        disks.cut_power(lab.two)
-        wait_state(lab.one, "solo")
-        load.wait_noted(chance.randrange(10, 100), DURABLE_KINDS)
+        with _scattered(lab.one):
+            load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+            disks.cut_power(lab.two)
+            wait_state(lab.one, "solo")
+            load.wait_noted(chance.randrange(10, 100), DURABLE_KINDS)
         disks.power_on(lab.two)
         lab.two.start()
         lab.wait_mirrored()
@@ -152,7 +199,7 @@ def test_power_loss_of_the_standby_is_not_felt_and_it_becomes_equal_again(
         assert load.stop() == [""] * len(load.notes)
         assert load.missing(lab.one.mount) == []
         assert load.missing(lab.two.backing) == []
-        count.add(load)
+        count.add(lab.one, load)
         _settle(lab, cut, load)
     print(f"standby: {count}")
 
@@ -165,8 +212,9 @@ def test_power_loss_of_both_at_once_loses_nothing_fsynced_and_the_last_primary_r
     primary = lab.one
     for cut in range(CUTS):
         load = start_load(primary.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
-        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
-        _cut(disks, load, *chance.sample([lab.one, lab.two], 2))  # a millisecond lies between the two disks
+        with _scattered(primary):
+            load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+            _cut(disks, load, *chance.sample([lab.one, lab.two], 2))  # a millisecond lies between the two disks
         disks.power_on(lab.one, lab.two)
         for host in lab.hosts.values():  # before one of them can mend the other
             assert load.missing(host.backing, DURABLE_KINDS) == [], f"missing on the disk of {host.name} after cut {cut}"
@@ -175,7 +223,7 @@ def test_power_loss_of_both_at_once_loses_nothing_fsynced_and_the_last_primary_r
         lab.wait_mirrored()
         assert lab.primary() is primary, "they find out by themselves who serves"
         assert load.missing(primary.mount, DURABLE_KINDS) == [], f"missing after cut {cut}"
-        count.add(load, lost=load.missing(primary.mount))
+        count.add(primary, load, lost=load.missing(primary.mount))
         _settle(lab, cut, load)
         if chance.random() < 0.5:
             primary = other(lab, primary)
@@ -193,8 +241,9 @@ def test_power_loss_of_a_primary_that_is_alone_loses_nothing_fsynced(
         lab.two.stop()
         wait_state(lab.one, "solo")
         load = start_load(lab.one.mount, f"cut-{cut}", seed=cut, kinds=KINDS)
-        load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
-        _cut(disks, load, lab.one)
+        with _scattered(lab.one):
+            load.wait_noted(chance.randrange(10, 300), DURABLE_KINDS)
+            _cut(disks, load, lab.one)
         disks.power_on(lab.one)
         lab.one.start()
         if cut % 2:
@@ -208,7 +257,7 @@ def test_power_loss_of_a_primary_that_is_alone_loses_nothing_fsynced(
         lab.wait_mirrored()
         assert lab.primary() is lab.one
         assert load.missing(lab.one.mount, DURABLE_KINDS) == [], f"missing after cut {cut}"
-        count.add(load, lost=load.missing(lab.one.mount))
+        count.add(lab.one, load, lost=load.missing(lab.one.mount))
         _settle(lab, cut, load)
     print(f"alone: {count}")
 
