@@ -61,7 +61,7 @@ class Finder:
     """Finds files of the tree by their ids: by handle, or where this node or the other one has them."""
 
     def __init__(
-        self, tree: Tree, located: Mapping[int, Located], places: Mapping[int, tuple[int, bytes]] | None = None
+        self, tree: Tree, located: Mapping[int, Located], places: Mapping[int, list[tuple[int, bytes]]] | None = None
     ) -> None:
         self.tree = tree
         self._located = located
@@ -85,8 +85,7 @@ class Finder:
         candidates: list[tuple[Known | None, bytes]] = []
         if located is not None and located.parent:
             candidates.append((self.tree.find(located.parent, located.parent_handle), located.name))
-        if number in self._places:
-            parent, name = self._places[number]
+        for parent, name in self._places.get(number, ()):
             candidates.append((self.find(parent, depth + 1), name))
         for above, name in candidates:
             if above is not None and self.tree.holds(above, name, number):

@@ -83,7 +83,7 @@ class Pausing:
                 )
             primary.settle_all()
             with trio.CancelScope(shield=True):
-                await node.keeper.begin_pause(wrote=primary.stream is not None and primary.stream.pending)
+                await node.keeper.begin_pause(wrote=primary.stream is not None and primary.stream.awaited)
             # What was acknowledged while that was written is on both nodes. No await from here to the message.
             if primary.disk_is_bad or node.primary is not primary:
                 raise MirrorfsError(f"this node cannot go on alone: {primary.loss}")

@@ -255,7 +255,7 @@ class Primary:
                 if stream is not self.stream:
                     return  # the peer came in sync later, with this change in what was copied
                 assert stream is not None
-                if await stream.applied(sequence):
+                if await stream.applied(sequence, answers=True):
                     return
                 if self.mode is Mode.MIRRORED:
                     await self._wait_for_change()
@@ -441,9 +441,9 @@ class Primary:
     async def peer_lost(self, reason: str) -> None:
         """The link to the peer has ended."""
         counted = self.copier is None  # an acknowledgement needed the peer's
-        stream = self._end_stream()
-        if stream is not None and counted and self.mode is not Mode.ENDED:
-            await self._go_on_without(reason, pending=stream.pending)
+        awaited = self.stream is not None and self.stream.awaited
+        if self._end_stream() is not None and counted and self.mode is not Mode.ENDED:
+            await self._go_on_without(reason, wrote=awaited)
             return
         epoch = self.keeper.record.epoch
         if self.mode is Mode.ALONE and epoch is not None and len(epoch.in_sync) > 1:
@@ -459,7 +459,7 @@ class Primary:
         self.copier, self._flush_both = None, False
         return stream
 
-    async def _go_on_without(self, reason: str, *, pending: bool) -> None:
+    async def _go_on_without(self, reason: str, *, wrote: bool) -> None:
         if self.disk_is_bad:
             return  # frozen, until the node has stopped
         self.loss = reason
@@ -468,7 +468,7 @@ class Primary:
             log.warning("the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason)
             return
         self.enter(Mode.LOST)
-        epoch = await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=pending)
+        epoch = await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=wrote)
         log.warning("the peer is lost (%s): going on alone in epoch %d", reason, epoch.number)
         if self.mode is Mode.LOST:
             self.enter(Mode.ALONE)

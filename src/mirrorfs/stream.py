@@ -22,14 +22,14 @@ class Stream:
         self.sent = 0
         self.acknowledged = 0
         self.broken = False
-        self._waiters: deque[tuple[int, trio.lowlevel.Task]] = deque()
+        self._waiters: deque[tuple[int, trio.lowlevel.Task, bool]] = deque()
         self._flushes: dict[int, tuple[trio.Event, list[int]]] = {}
         self._answers: dict[int, tuple[trio.Event, list[Frame]]] = {}
 
     @property
-    def pending(self) -> bool:
-        """Whether the peer has not acknowledged all that was sent."""
-        return self.sent > self.acknowledged
+    def awaited(self) -> bool:
+        """Whether a change is acknowledged as soon as the peer has applied what was sent, or is gone; housekeeping never is."""
+        return any(answers for _, _, answers in self._waiters)
 
     def put(self, operation: ops.Operation) -> int:
         """Send an operation and return its sequence number."""
@@ -43,13 +43,14 @@ class Stream:
         self._flushes[sequence] = (trio.Event(), [])
         return sequence
 
-    async def applied(self, sequence: int) -> bool:
-        """Wait until the peer has applied everything up to `sequence`; False if the link was lost before."""
+    async def applied(self, sequence: int, *, answers: bool = False) -> bool:
+        """Wait until the peer has applied everything up to `sequence`; False if the link was lost before. With `answers`, a
+        change is acknowledged after it."""
         if self.acknowledged >= sequence:
             return True
         if self.broken:
             return False
-        waiter = (sequence, trio.lowlevel.current_task())
+        waiter = (sequence, trio.lowlevel.current_task(), answers)
         self._waiters.append(waiter)
 
         def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:

@@ -86,10 +86,11 @@ class Tree:
         known.lookups = known.opens = 1
 
     def set_volume(self, volume: bytes) -> None:
-        """Say which volume this is (16 bytes), and note it in the root: ids of any other do not count from now on."""
+        """Say which volume this is (16 bytes), and note it in the root, durably: ids of any other do not count from now on."""
         assert len(volume) == 16, volume
         self._volume = volume
         self.stamp(self._root, os.fstat(self._root).st_ino, ids.ROOT)
+        os.fsync(self._root)  # a record that names another volume than the tree is refused at the start
 
     def is_of(self, volume: bytes) -> bool:
         """Whether the root says that it is of this volume."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -81,7 +82,7 @@ def _cut(disks: PowerDisks, load: Load, *hosts: Host) -> None:
 @contextmanager
 def _scattered(host: Host) -> Iterator[None]:
     """Blocks of the base are written meanwhile, until the mount has gone."""
-    command = [sys.executable, "-c", _SCATTER, host.mount / "base", str(_HOT_BYTES)]
+    command: list[str | Path] = [sys.executable, "-c", _SCATTER, host.mount / "base", str(_HOT_BYTES)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as writer:
         try:
             yield

@@ -1,4 +1,4 @@
-"""Run the simulator for long: `python -m tests.sim --seeds N [--first K] [--verbose]`."""
+"""Run the simulator for long: `python -m tests.sim --seeds N [--first K] [--verbose]`, or see it fail: `--mutate`."""
 
 import argparse
 import os
@@ -6,10 +6,12 @@ import sys
 import time
 from typing import Final
 
-from tests.sim import random_run
+from tests.sim import mutations, random_run
 from tests.sim.scenarios import SCENARIOS
 from tests.sim.world import Options, run
 
+_SEEDS: Final = 100
+_MUTATION_SEEDS: Final = 500
 _LAST_EVENTS: Final = 60
 _PROGRESS_S: Final = 10.0
 
@@ -17,19 +19,24 @@ _PROGRESS_S: Final = 10.0
 def main() -> int:
     """Run one seed after the other up to the first that fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=0, help="how many (100; with --mutate up to 500 for each)")
     parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--these", type=int, nargs="+", metavar="SEED", help="these seeds and no others")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument(
         "--scenario", choices=["random", *SCENARIOS], default="random", help="a named story instead of random runs"
     )
+    parser.add_argument("--mutate", action="store_true", help="take one step of safety away at a time: each must be found")
     arguments = parser.parse_args()
+    if arguments.mutate:
+        return _mutate(arguments.first, arguments.seeds or _MUTATION_SEEDS)
+    seeds = arguments.these or range(arguments.first, arguments.first + (arguments.seeds or _SEEDS))
     options_of = random_run.options_of if arguments.scenario == "random" else lambda seed: Options(2.0)
     story = SCENARIOS.get(arguments.scenario, random_run.story)
     began = told = time.monotonic()
     failed = acknowledged = 0
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
+    for seed in seeds:
         world = run(seed, story, options_of(seed), follow=arguments.verbose)
         acknowledged += world.acknowledged
         if world.problems:
@@ -43,8 +50,18 @@ def main() -> int:
         if time.monotonic() - told > _PROGRESS_S:
             told = time.monotonic()
             print(f"seed {seed}: {acknowledged} changes acknowledged, {told - began:.0f} s", flush=True)
-    print(f"{arguments.seeds} seeds, {failed} failed, {acknowledged} changes acknowledged, {time.monotonic() - began:.0f} s")
+    print(f"{len(seeds)} seeds, {failed} failed, {acknowledged} changes acknowledged, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
+
+
+def _mutate(first: int, seeds: int) -> int:
+    """Say which seed finds each mutation; fails if none does."""
+    missed = 0
+    for name in mutations.MUTATIONS:
+        found = mutations.find(name, first, seeds)
+        missed += found is None
+        print(f"{name}: " + (f"seed {found[0]}: {found[1][:300]}" if found else f"not found by {seeds} seeds"), flush=True)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from tests.sim.machine import Machine, Process
 from tests.sim.world import World
 
 CONTEXT: Final[Any] = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)
-#: What may happen to any change while nodes come and go; whether it was made is then not known. ESTALE: a file with
-#: several names that lost the one by which it was opened cannot be introduced on a new stream (docs/SIMULATOR.md).
-_UNCERTAIN: Final = (errno.EIO, errno.EROFS, errno.ENOSPC, errno.ESTALE)
+#: What may happen to any change while nodes come and go; whether it was made is then not known. Not ESTALE: what was looked
+#: up and is not forgotten, and what is open, stays reachable through every change of roles.
+_UNCERTAIN: Final = (errno.EIO, errno.EROFS, errno.ENOSPC)
 _MAX_DEPTH: Final = 3
 _FILES: Final = tuple(b"f%d" % number for number in range(4))
 _DIRECTORIES: Final = tuple(b"d%d" % number for number in range(3))
@@ -330,6 +330,16 @@ class Application:
             lambda: self._mount.unlink(above, place.name, CONTEXT),
         )
 
+    async def link(self, place: Place, into: Place, name: bytes) -> bool:
+        """Give a file one more name."""
+        number, above = await self._walk(place.path), await self._walk(into.path)
+
+        async def call() -> None:
+            entry = await self._mount.link(number, above, name, CONTEXT)
+            self._looked_up[entry.st_ino] = self._looked_up.get(entry.st_ino, 0) + 1
+
+        return await self.change(f"link {place.id:x} as {name!r} in {into.id:x}", {("name", into.id, name): place.id}, call)
+
     # ---- random changes
 
     def _free_name(self, directory: Place, names: tuple[bytes, ...]) -> bytes | None:
@@ -355,7 +365,7 @@ class Application:
             return
         above = await self._walk(parent.path)
         number = self._next_id()
-        changes = {("name", parent.id, name): number}
+        changes = {("name", parent.id, name): number, ("mode", number): 0o777}
 
         async def call() -> None:
             entry = await self._mount.symlink(above, name, b"target %d" % number, CONTEXT)
@@ -406,13 +416,7 @@ class Application:
         name = self._free_name(into, _FILES)
         if name is None:
             return
-        number, above = await self._walk(place.path), await self._walk(into.path)
-
-        async def call() -> None:
-            entry = await self._mount.link(number, above, name, CONTEXT)
-            self._looked_up[entry.st_ino] = self._looked_up.get(entry.st_ino, 0) + 1
-
-        await self.change(f"link {place.id:x} as {name!r} in {into.id:x}", {("name", into.id, name): place.id}, call)
+        await self.link(place, into, name)
 
     async def _some_truncate(self, directories: list[Place], files: list[Place]) -> None:
         place = self._dice.choice(files)

@@ -44,16 +44,18 @@ class Register:
 
 
 class Ledger:
-    """All registers, as of one epoch; `seen` are the operations that may be in it."""
+    """All registers, as of one epoch; `seen` are the operations that may be in it, `lost` what of them is not, since a tree was
+    looked at."""
 
     def __init__(self) -> None:
         self.registers: dict[Key, Register] = {}
         self.seen: set[int] = {_NEVER}
+        self.lost: set[tuple[Key, int]] = set()
 
     def copy(self) -> "Ledger":
         ledger = Ledger()
         ledger.registers = {key: register.copy() for key, register in self.registers.items()}
-        ledger.seen = set(self.seen)
+        ledger.seen, ledger.lost = set(self.seen), set(self.lost)
         return ledger
 
     # ---- what the applications tell
@@ -98,8 +100,8 @@ class Ledger:
         return [key for key in self.registers if key[0] != "name" and key[1] == file]
 
     def of_directory(self, directory: int) -> list[Key]:
-        """The registers that an fsync of a directory covers."""
-        return [key for key in self.registers if key[0] == "name" and key[1] == directory]
+        """The registers that an fsync of a directory covers: its names, and what it has of its own."""
+        return [key for key in self.registers if key[1] == directory]
 
     # ---- what happens to nodes
 
@@ -113,7 +115,7 @@ class Ledger:
         missing = []
         for key, register in self.registers.items():
             operation = register.values[register.certain][1]
-            if operation not in other.seen:
+            if operation not in other.seen or (key, operation) in other.lost:
                 missing.append(f"{key}: operation {operation}")
         return missing
 
@@ -122,7 +124,8 @@ class Ledger:
     def settle(self, found: "Found", is_foreign: Callable[[int], bool]) -> list[str]:
         """Compare with what a tree holds, and know it from now on; returns what cannot be.
 
-        A file that was just made may lose its id with the memory; it is `is_foreign` then.
+        A file of which nothing but its name was synced may lose its id with the memory; it is `is_foreign` then
+        (docs/decisions/0010-names-without-ids.md).
         """
         problems = []
         for key, register in self.registers.items():
@@ -131,7 +134,13 @@ class Ledger:
             value = found.value(key)
             allowed = range(len(register.values) - 1, register.certain - 1, -1)
             index = next((index for index in allowed if register.values[index][0] == value), None)
-            if index is None and key[0] == "name" and value is not None and is_foreign(value) and register.may_be_foreign:
+            if (
+                index is None
+                and key[0] == "name"
+                and value is not None
+                and is_foreign(value)
+                and self._may_be_foreign(register)
+            ):
                 register.values = [*register.values[: register.certain + 1], (value, _NEVER)]
                 index = len(register.values) - 1
             if index is None:
@@ -139,11 +148,21 @@ class Ledger:
                 problems.append(f"{key} is {value!r}, which is none of {wanted} (was: {register.values[: register.certain]})")
                 register.values.append((value, _NEVER))
                 index = len(register.values) - 1
+            self.lost.update((key, operation) for _, operation in register.values[index + 1 :])
             del register.values[index + 1 :]
             register.certain = index
             register.synced = min(register.synced, index)
         problems += [f"{key} is {file:x}: nobody made it" for key, file in found.names() if key not in self.registers]
         return problems
+
+    def _may_be_foreign(self, register: Register) -> bool:
+        """Whether a file that nobody knows may stand where this register says which one does."""
+        return register.may_be_foreign or any(self._may_lack_id(file) for file, _ in register.values[register.certain :])
+
+    def _may_lack_id(self, file: Any) -> bool:
+        """Whether a file may have lost its id: nothing of it is certain, not even the mode with which it was made."""
+        mode = self.registers.get(("mode", file))
+        return mode is not None and mode.certain < len(mode.values) - 1
 
     def take_over(self, found: "Found") -> None:
         """Whatever is there is right: a person has decided so."""

@@ -239,10 +239,10 @@ class Pair:
         for mine, other in ((0, 1), (1, 0)):
             # What was acknowledged counts even if it was lost since, and so does a promotion by hand, and what was under way.
             known = {epoch.tag for epoch in records[other].epochs}
-            by_hand = any(epoch.tag in self.promoted for epoch in records[mine].epochs if epoch.tag not in known)
-            causes.append(by_hand or not ledgers[mine].seen <= ledgers[other].seen)
-        # One is enough: of the other, housekeeping that was under way when the link broke is taken for a change.
-        if not any(causes):
+            own = {epoch.tag for epoch in records[mine].epochs} - known
+            has_acted = own & (self.promoted | self.world.acknowledged_by.keys() | self.world.awaited)
+            causes.append(bool(has_acted) or not ledgers[mine].seen <= ledgers[other].seen)
+        if not all(causes):
             self.world.blame(f"a split brain without a cause: {a.split_brain or b.split_brain}")
 
     # ---- quiet

@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Final
 
+import trio
+
 from mirrorfs.errors import RefusedError
 from tests.sim.application import found_on
 from tests.sim.disk import ROOT
@@ -223,6 +225,85 @@ async def a_promotion_is_forced_past_a_node_that_comes_back(world: World) -> Non
     await pair.quiet()
 
 
+async def a_directory_is_set_aside_when_a_resync_breaks_off(world: World) -> None:
+    """What the target tells of its marks next time leads to nothing that is in no tree."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.make_directory(application.find(b"x"), b"d")
+    await pair.checkpoint()
+    await application.create(application.find(b"x", b"d"), b"f")
+    pair.a.crash()
+    await pair.fail_over(pair.b)
+    application.use(pair.b)
+    await application.rename(application.find(b"x", b"d"), application.find(b"y"), b"d", None)
+    await application.create(application.find(), b"new")
+    await application.write(application.find(b"new"), 0, 8)
+    pair.a.data.capacity_blocks = pair.a.data.used_blocks
+    await pair.a.start()
+    await pair.until(lambda: pair.a.node is not None and pair.a.node.setbacks > 0, "the resync to break off")
+    pair.a.data.capacity_blocks = None
+    await pair.mirrored()
+    await pair.quiet()
+
+
+async def a_file_loses_the_name_by_which_its_last_writer_knows_it(world: World) -> None:
+    """It has another one: what its writer alone did to it is found by that."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    file = await application.file(b"x", b"f")
+    await application.link(file, application.find(b"y"), b"g")
+    for _ in range(3):  # the directories cool, and the file stays hot
+        await pair.checkpoint()
+        await application.write(application.find(b"x", b"f"), 0, 1)
+    world.network.cut("a", "b")
+    world.nursery.start_soon(application.write, application.find(b"x", b"f"), 1, 2)
+    await trio.sleep(0.05)
+    pair.a.crash()
+    await pair.fail_over(pair.b)
+    application.use(pair.b)
+    await application.unlink(application.find(b"y", b"g"))
+    pair.b.crash()
+    world.network.heal()
+    await pair.b.start()
+    await pair.until(lambda: pair.b.node is not None, "b to be up")
+    await pair.promote(pair.b)
+    await pair.a.start()
+    await pair.mirrored()
+    await pair.quiet()
+
+
+async def power_is_lost_just_after_the_volume_was_made(world: World) -> None:
+    """The record says which volume it is; the tree must say so too."""
+    pair = Pair(world)
+    for machine in (pair.a, pair.b):
+        await machine.start()
+    await pair.until(lambda: pair.a.node is not None and pair.a.node.connected, "the first meeting")
+    await pair.promote(pair.a)
+    pair.a.lose_power()
+    await pair.a.start()
+    await pair.make_whole()
+    await pair.quiet()
+
+
+async def the_link_breaks_when_only_housekeeping_is_under_way(world: World) -> None:
+    """Nobody waits for the peer: what the primary does not acknowledge alone is no side of a split brain."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.file(b"x", b"f")
+    world.network.cut("a", "b")  # the modification times are told after this, and arrive nowhere
+    world.network.cut("b", "a")
+    await pair.solo(pair.a)
+    await pair.fail_over(pair.b)
+    application.use(pair.b)
+    await application.write(application.find(b"x", b"f"), 0, 2)
+    world.network.heal()
+    await pair.until(lambda: pair.a.node is not None and pair.a.node.connected, "the nodes to meet")
+    await pair.mirrored()
+    await pair.quiet()
+    if pair.primary is not pair.b:
+        world.blame("the node that acknowledged nothing alone was followed")
+
+
 async def _expect_refusal(pair: Pair) -> None:
     try:
         await pair.promote(pair.b)
@@ -244,5 +325,9 @@ SCENARIOS: Final[dict[str, Story]] = {
         a_file_is_copied_underneath_with_its_id,
         a_node_is_restored_from_a_snapshot,
         a_promotion_is_forced_past_a_node_that_comes_back,
+        a_directory_is_set_aside_when_a_resync_breaks_off,
+        a_file_loses_the_name_by_which_its_last_writer_knows_it,
+        power_is_lost_just_after_the_volume_was_made,
+        the_link_breaks_when_only_housekeeping_is_under_way,
     )
 }

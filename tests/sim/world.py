@@ -92,7 +92,9 @@ class World:
         self.may_lose = False
         self.was_reckless = False
         self._threads = self._dice("threads")
-        self._acknowledged_by: dict[str, str] = {}
+        self.acknowledged_by: dict[str, str] = {}
+        #: Tags of epochs that began while changes were under way: those may have been acknowledged in them.
+        self.awaited: set[str] = set()
         self._used_ids: set[int] = set()
         #: Tags of epochs that began on a node that was not in sync: nothing is promised of what it holds.
         self._mixtures: set[str] = set()
@@ -283,6 +285,8 @@ class World:
     def _on_epoch(self, machine: Machine, before: Record, epoch: Epoch) -> None:
         members = ",".join(sorted(member.node for member in epoch.in_sync))
         self.note(f"{machine.name}: epoch {epoch.number} {epoch.tag}: primary {epoch.primary}, in sync {members}")
+        if machine.process is not None and machine.process.calls:
+            self.awaited.add(epoch.tag)
         was_behind = before.epoch is not None and not before.epoch.has(machine.name)
         if machine.process is not None and epoch.tag not in self.ledgers:
             self.ledgers[epoch.tag] = self.claim_of(machine, before).copy()
@@ -293,6 +297,18 @@ class World:
         missing = self.claim_of(machine, before).missing_in(self.ledger_of(theirs))
         if missing and before.standing is Standing.IN_SYNC:
             self.blame(f"{machine.name} gives up what it acknowledged and the other does not have: {missing[:5]}")
+        self._check_intact_leads(machine, before, theirs)
+
+    def _check_intact_leads(self, machine: Machine, before: Record, theirs: Record) -> None:
+        """In one epoch, who has all of it does not follow who lost some of it with its memory."""
+        (other,) = (each for each in self.machines.values() if each is not machine)
+        mine, epoch = before.epoch, theirs.epoch
+        if mine is None or epoch is None or not mine.same(epoch) or not mine.has(machine.name):
+            return
+        if before.standing is Standing.IN_SYNC and not machine.lost_memory and other.lost_memory:
+            lost = self.ledger_of(before).copy().settle(Found(other.data.now), self.is_foreign)
+            if lost:
+                self.blame(f"{machine.name} follows {other.name}, which lost what was acknowledged: {lost[:5]}")
 
     def _on_lead(self, node: Node) -> None:
         machine = self.machines[node.name]
@@ -330,7 +346,7 @@ class World:
             return None
         epoch = node.keeper.record.epoch
         assert epoch is not None
-        name = self._acknowledged_by.setdefault(epoch.tag, node.name)
+        name = self.acknowledged_by.setdefault(epoch.tag, node.name)
         if name != node.name:
             self.blame(f"{name} and {node.name} both acknowledge in epoch {epoch.number} {epoch.tag}")
         self.acknowledged += 1

@@ -23,7 +23,7 @@ class Finder:
     `explained` are names that are marked: what is not where it was, and whose old name is among them, may be gone.
     """
 
-    def __init__(self, tree: Tree, located: dict[int, Located], theirs: dict[int, tuple[int, bytes]]) -> None:
+    def __init__(self, tree: Tree, located: dict[int, Located], theirs: dict[int, list[tuple[int, bytes]]]) -> None:
         self.explained = Generation()
         self._tree = tree
         self._located = located
@@ -42,8 +42,7 @@ class Finder:
         located = self._located.get(number)
         if located is not None and located.parent:
             yield located.parent, located.name
-        if number in self._theirs:
-            yield self._theirs[number]
+        yield from self._theirs.get(number, ())
 
     def _known(self, number: int) -> Known | None:
         located = self._located.get(number)

@@ -7,9 +7,11 @@ from typing import Any, Final
 from pyroaring import BitMap64
 
 from mirrorfs.core import ids
-from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation
+from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation, Located
 from mirrorfs.core.wire import Frame, message, raw
 from mirrorfs.errors import ProtocolError
+from mirrorfs.search import find_names
+from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
 _MAX_NAMES: Final = 1000
@@ -24,10 +26,11 @@ Step = tuple[int, int, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The marks of the other node, and for each marked file and the directories above it, where that node has it."""
+    """The marks of the other node, and for each marked file and the directories above it, where that node has it: of a file
+    with several names, by all of them."""
 
     marks: Generation
-    places: dict[int, tuple[int, bytes]]
+    places: dict[int, list[tuple[int, bytes]]]
 
 
 def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
@@ -35,6 +38,7 @@ def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
     told: set[int] = {ids.ROOT}
     items: list[Any] = []
     marks = dirty.all()
+    several = _names_of(_many_named(marks.files, dirty, tree), tree)
     for directory, names in marks.names.items():
         exact = None if names is None or len(names) > _MAX_NAMES else sorted(names)
         items.append([_way(directory, dirty, tree, told), directory, exact])
@@ -42,8 +46,11 @@ def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
             yield items
             items = []
     for file, changed in marks.files.items():
-        items.append([_way(file, dirty, tree, told), file, *_pack_file(changed)])
-        if len(items) >= _PER_FRAME or len(items[-1][2]) > 1000:
+        way: list[Step] = []
+        for parent, name in several.get(file, ())[:_MAX_NAMES]:
+            way += [(file, parent, name), *_way(parent, dirty, tree, told)]
+        items.append([way or _way(file, dirty, tree, told), file, *_pack_file(changed)])
+        if len(items) >= _PER_FRAME or len(items[-1][2]) > 1000 or len(way) > 20:
             yield items
             items = []
     if items:
@@ -59,6 +66,47 @@ def _pack_file(marks: FileMarks) -> tuple[bytes, bytes, int]:
     for block in marks.blocks:
         coarse.add(block // per_extent)
     return BitMap64().serialize(), coarse.serialize(), marks.tail
+
+
+def _many_named(files: Iterable[int], dirty: DirtySet, tree: Tree) -> dict[int, int]:
+    """Marked files that have several names here, or one that is not known, by inode number: the other node may have removed
+    the one that is known."""
+    found: dict[int, int] = {}
+    for number in files:
+        located = dirty.located.get(number)
+        known = tree.find(number, located.handle if located else b"")
+        if known is None:
+            continue
+        status = tree.stat(known)
+        if not known.is_directory and (status.st_nlink > 1 or not _is_placed(known, located, tree)):
+            found[status.st_ino] = number
+        tree.table.drop_unused(known)
+    return found
+
+
+def _is_placed(known: Known, located: Located | None, tree: Tree) -> bool:
+    if located is not None and located.parent:
+        above = tree.find(located.parent, located.parent_handle)
+        if above is not None and tree.holds(above, located.name, known.id):
+            return True
+    try:
+        tree.place_of(known)
+    except OSError:
+        return False
+    return True
+
+
+def _names_of(wanted: dict[int, int], tree: Tree) -> dict[int, list[tuple[int, bytes]]]:
+    """All names of files, by reading all directories, here and now: nothing changes in the tree of a node that returns."""
+    found: dict[int, list[tuple[int, bytes]]] = {}
+    for inode, hits in find_names(tree.root, wanted.keys()).items() if wanted else ():
+        for way, name in hits:
+            parent = ids.ROOT
+            for step in way:
+                parent = tree.lookup(parent, step).id
+            if not ids.is_provisional(parent):
+                found.setdefault(wanted[inode], []).append((parent, name))
+    return found
 
 
 def _way(number: int, dirty: DirtySet, tree: Tree, told: set[int]) -> list[Step]:
@@ -83,7 +131,10 @@ def _place(number: int, dirty: DirtySet, tree: Tree) -> tuple[int, bytes] | None
     known = tree.find(number, located.handle if located else b"")
     if known is not None:
         try:
-            return tree.place_of(known)
+            parent, name = tree.place_of(known)
+            if not ids.is_provisional(parent):
+                return parent, name
+            tree.table.drop_unused(tree.table.get(parent))  # it is set aside: where that is has no id and is in no tree
         except OSError:
             pass  # gone, or known by no name
         finally:
@@ -93,12 +144,12 @@ def _place(number: int, dirty: DirtySet, tree: Tree) -> tuple[int, bytes] | None
 
 def unpack(messages: Iterable[Any]) -> Report:
     """The report in these messages; ProtocolError if they are none."""
-    marks, places = Generation(), {}
+    marks, places = Generation(), dict[int, list[tuple[int, bytes]]]()
     try:
         for items in messages:
             for way, number, *content in items:
                 for file, parent, name in way:
-                    places[_id(file)] = (_id(parent), raw(name))
+                    places.setdefault(_id(file), []).append((_id(parent), raw(name)))
                 if len(content) == 1:
                     (names,) = content
                     mine = marks.names.setdefault(_id(number), set())

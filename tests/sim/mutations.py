@@ -1,0 +1,147 @@
+"""What the simulator must find: each mutation takes one step of safety away (`python -m tests.sim --mutate`)."""
+
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from unittest import mock
+
+import trio
+
+from mirrorfs import replication
+from mirrorfs.activity import Activity
+from mirrorfs.core import operations as ops
+from mirrorfs.core.epochs import Epoch, Member
+from mirrorfs.core.modes import Mode
+from mirrorfs.keeper import Keeper
+from mirrorfs.replication import Primary
+from mirrorfs.resync.quick import CatchUp
+from mirrorfs.stream import Stream
+from mirrorfs.tree import Tree
+from tests.sim import random_run
+from tests.sim.machine import Machine
+from tests.sim.scenarios import SCENARIOS
+from tests.sim.world import Options, World, run
+
+Replacements = Callable[[], Iterable[tuple[Any, str, Any]]]
+
+
+def _acknowledging_before_the_peer() -> Iterator[tuple[Any, str, Any]]:
+    wait = Primary._acknowledged
+
+    async def acknowledged(primary: Primary, sequence: int) -> None:
+        if primary.mode is not Mode.MIRRORED:
+            await wait(primary, sequence)
+
+    yield Primary, "_acknowledged", acknowledged
+
+
+def _dropping_the_dirty_generation_before_both_syncs() -> Iterator[tuple[Any, str, Any]]:
+    async def make_checkpoint(
+        stream: Stream, tree: Tree, activity: Activity, keeper: Keeper, number: int, *, whole: bool = True
+    ) -> bool:
+        dirty = activity.dirty
+        new_from = keeper.next_id() if whole else dirty.head.new_from
+        if whole:
+            dirty.cut(new_from)
+        tree.note_checkpoint(number)
+        sequence = stream.put_flush(ops.Checkpoint(number, new_from))
+        await activity.checkpointed(number, keeper.record.volume_id, whole=whole)
+        await trio.to_thread.run_sync(tree.syncfs)
+        return await stream.flushed(sequence) and not stream.broken
+
+    yield replication, "make_checkpoint", make_checkpoint
+
+
+def _making_no_durable_mark() -> Iterator[tuple[Any, str, Any]]:
+    yield Activity, "_write", lambda activity, batch: None
+
+
+def _not_recording_that_a_node_is_alone() -> Iterator[tuple[Any, str, Any]]:
+    begin = Keeper.begin
+
+    async def forgetful(keeper: Keeper, *arguments: Any, wrote: bool = False, **options: Any) -> Epoch:
+        return await begin(keeper, *arguments, **options)
+
+    async def note_written_alone(keeper: Keeper) -> None:
+        epoch = keeper.record.epoch
+        assert epoch is not None
+        keeper.record = replace(keeper.record, wrote=keeper.record.wrote | {epoch.tag})
+
+    yield Keeper, "begin", forgetful
+    yield Keeper, "note_written_alone", note_written_alone
+
+
+def _trusting_a_rebooted_member() -> Iterator[tuple[Any, str, Any]]:
+    yield Machine, "boot", property(lambda machine: f"boot-{machine.name}")
+
+
+def _placing_without_gathering() -> Iterator[tuple[Any, str, Any]]:
+    async def put_gather(catch_up: CatchUp, *_: Any, **__: Any) -> None:
+        pass
+
+    yield CatchUp, "_put_gather", put_gather
+
+
+def _joining_without_a_checkpoint() -> Iterator[tuple[Any, str, Any]]:
+    join = Primary.join
+
+    async def hasty(primary: Primary, peer: Member) -> bool:
+        async def no_checkpoint(*_: Any, **__: Any) -> bool:
+            return True
+
+        with mock.patch.object(Primary, "_checkpoint", no_checkpoint):
+            return await join(primary, peer)
+
+    yield Primary, "join", hasty
+
+
+def _taking_housekeeping_for_a_change() -> Iterator[tuple[Any, str, Any]]:
+    yield Stream, "awaited", property(lambda stream: stream.sent > stream.acknowledged)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A step that is taken away, and the story that must notice; without one, random runs must."""
+
+    replacements: Replacements
+    story: str = ""
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        """Run without that step."""
+        with contextlib.ExitStack() as stack:
+            for target, name, value in list(self.replacements()):
+                stack.enter_context(mock.patch.object(target, name, value))
+            yield
+
+    def run(self, seed: int) -> World:
+        """One run without that step."""
+        story: Callable[[World], Awaitable[None]] = SCENARIOS.get(self.story, random_run.story)
+        with self.made():
+            return run(seed, story, Options(2.0) if self.story else random_run.options_of(seed))
+
+
+MUTATIONS: Final = {
+    "acknowledging before the peer": Mutation(_acknowledging_before_the_peer),
+    "dropping the dirty generation before both syncs": Mutation(
+        _dropping_the_dirty_generation_before_both_syncs, "power_is_lost_in_the_middle_of_a_checkpoint"
+    ),
+    "making no durable mark": Mutation(_making_no_durable_mark),
+    "not recording that a node is alone": Mutation(_not_recording_that_a_node_is_alone),
+    "trusting a rebooted member": Mutation(_trusting_a_rebooted_member),
+    "placing without gathering": Mutation(_placing_without_gathering),
+    "joining without a checkpoint": Mutation(_joining_without_a_checkpoint),
+    "taking housekeeping for a change": Mutation(
+        _taking_housekeeping_for_a_change, "the_link_breaks_when_only_housekeeping_is_under_way"
+    ),
+}
+
+
+def find(name: str, first: int, seeds: int) -> tuple[int, str] | None:
+    """The first seed that finds a mutation, and what it says; None if none of them does."""
+    for seed in range(first, first + seeds):
+        world = MUTATIONS[name].run(seed)
+        if world.problems:
+            return seed, world.problems[0].splitlines()[0]
+    return None
