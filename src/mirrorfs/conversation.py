@@ -267,7 +267,7 @@ class Conversation:
         node.tree.table.close_idle()
         await session.invalidate(node.tree.table.all())
         if quick:
-            for items in reports.pack(node.activity.dirty, node.tree):
+            for items in await reports.pack(node.activity.dirty, node.tree):
                 self._link.send_message(Kind.HOT, items)
                 await trio.lowlevel.checkpoint()
         node.standby = Standby(

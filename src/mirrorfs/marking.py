@@ -34,7 +34,7 @@ class Marking:
                 cold += dirty.cold_names(other[0])
             if not cold:
                 return old_size
-            await self.activity.make_durable([*self._located(cold), *cold])
+            await self.activity.make_durable([*self._located(cold, change), *cold])
             await self._admitted()
 
     def after(self, change: ops.Change, old_size: int) -> None:
@@ -62,11 +62,14 @@ class Marking:
         known = self._tree.table.find(number)
         return known.names[-1] if known is not None and known.names else None
 
-    def _located(self, marks: list[Mark]) -> list[Entry]:
-        """How the files of these marks can be found again after a restart."""
+    def _located(self, marks: list[Mark], change: ops.Change | None = None) -> list[Entry]:
+        """How the files of these marks can be found again after a restart; what the change is about to make has no handle."""
         table = self._tree.table
         found: list[Entry] = []
         for mark in marks:
+            if isinstance(change, ops.MakeNode | ops.Symlink) and change.file == mark.number:
+                found.append(Located(change.file, b"", change.parent, table.handle(table.get(change.parent)), change.name))
+                continue
             known = table.get(mark.number)
             parent, name = self._name_of(mark.number) or (0, b"")
             above = table.find(parent) if parent else None

@@ -126,7 +126,7 @@ class SplitBrain:
         await _send(link, Kind.SPLIT_TOLD, {"sights": items, "done": True})
 
     async def _send_marks(self, link: Link, kind: Kind) -> None:
-        for items in reports.pack(self._node.activity.dirty, self._node.tree):
+        for items in await reports.pack(self._node.activity.dirty, self._node.tree):
             await _send(link, kind, {"marks": items})
 
     async def _sights(self, theirs: reports.Report) -> Any:

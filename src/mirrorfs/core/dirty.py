@@ -210,7 +210,11 @@ class Generation:
             case ops.Write():
                 if change.file < new_from:
                     self.write(change.file, change.offset, len(change.data))
-            case ops.MakeNode() | ops.Symlink() | ops.Link() | ops.Unlink() | ops.RemoveDirectory():
+            case ops.MakeNode() | ops.Symlink():
+                self.name(change.parent, change.name)
+                if change.file < new_from:
+                    self.file(change.file)  # its id was taken before a cut, so it does not count as new
+            case ops.Link() | ops.Unlink() | ops.RemoveDirectory():
                 self.name(change.parent, change.name)
             case ops.Rename():
                 self.name(change.parent, change.name)
@@ -297,7 +301,9 @@ class DirtySet:
                 return self._cold_extents(
                     change.file, change.offset // EXTENT, (change.offset + len(change.data) - 1) // EXTENT
                 )
-            case ops.MakeNode() | ops.Symlink() | ops.Link() | ops.Unlink() | ops.RemoveDirectory():
+            case ops.MakeNode() | ops.Symlink():
+                return self._cold_names(change.parent) + self._cold_attributes(change.file)
+            case ops.Link() | ops.Unlink() | ops.RemoveDirectory():
                 return self._cold_names(change.parent)
             case ops.Rename():
                 if change.parent == change.new_parent:

@@ -74,7 +74,7 @@ class Finder:
         """
         located = self._located.get(number)
         known = self._known(number)
-        if known is None and located is not None:
+        if known is None and located is not None and located.handle:
             return None  # its handle says that it is gone
         lost = known is not None
         for parent, name in (*(known.names if known is not None else ()), *self.candidates(number)):

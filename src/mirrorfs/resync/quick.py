@@ -151,9 +151,10 @@ class CatchUp(Sender):
         try:
             await self._equal_names()
             while self._work.files:
-                number, before = next(iter(self._work.files)), self.bytes_done
-                await self._bring_file(number)
-                self.settle_estimate(self._estimates.pop(number, 0), before)
+                for number in list(self._work.files):
+                    before = self.bytes_done
+                    await self._bring_file(number)
+                    self.settle_estimate(self._estimates.pop(number, 0), before)
         finally:
             self._let_go()
 

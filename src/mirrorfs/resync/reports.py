@@ -1,16 +1,18 @@
 """What a returning node says of its own dirty set: marks, and the way to each marked file as it stands or stood here."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+import trio
 from pyroaring import BitMap64
 
 from mirrorfs.core import ids
 from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation, Located
 from mirrorfs.core.wire import Frame, message, raw
 from mirrorfs.errors import ProtocolError
-from mirrorfs.search import find_names
+from mirrorfs.search import Hit, find_names
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -33,12 +35,17 @@ class Report:
     places: dict[int, list[tuple[int, bytes]]]
 
 
-def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
+async def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
     """The report as messages of bounded size, for msgpack."""
+    wanted = _many_named(dirty.all().files, dirty, tree)
+    hits = await trio.to_thread.run_sync(find_names, tree.root, wanted.keys()) if wanted else {}
+    return _pack(dirty, tree, _places(wanted, hits, tree))
+
+
+def _pack(dirty: DirtySet, tree: Tree, several: dict[int, list[tuple[int, bytes]]]) -> Iterator[list[Any]]:
     told: set[int] = {ids.ROOT}
     items: list[Any] = []
     marks = dirty.all()
-    several = _names_of(_many_named(marks.files, dirty, tree), tree)
     for directory, names in marks.names.items():
         exact = None if names is None or len(names) > _MAX_NAMES else sorted(names)
         items.append([_way(directory, dirty, tree, told), directory, exact])
@@ -96,16 +103,17 @@ def _is_placed(known: Known, located: Located | None, tree: Tree) -> bool:
     return True
 
 
-def _names_of(wanted: dict[int, int], tree: Tree) -> dict[int, list[tuple[int, bytes]]]:
-    """All names of files, by reading all directories, here and now: nothing changes in the tree of a node that returns."""
+def _places(wanted: dict[int, int], hits: dict[int, list[Hit]], tree: Tree) -> dict[int, list[tuple[int, bytes]]]:
+    """Parents and names of files that were found by their inode numbers."""
     found: dict[int, list[tuple[int, bytes]]] = {}
-    for inode, hits in find_names(tree.root, wanted.keys()).items() if wanted else ():
-        for way, name in hits:
-            parent = ids.ROOT
-            for step in way:
-                parent = tree.lookup(parent, step).id
-            if not ids.is_provisional(parent):
-                found.setdefault(wanted[inode], []).append((parent, name))
+    for inode, ways in hits.items():
+        for way, name in ways:
+            with suppress(OSError):  # moved since
+                parent = ids.ROOT
+                for step in way:
+                    parent = tree.lookup(parent, step).id
+                if not ids.is_provisional(parent):
+                    found.setdefault(wanted[inode], []).append((parent, name))
     return found
 
 

@@ -12,6 +12,7 @@ import trio
 from mirrorfs.config import ResyncConfig
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
+from mirrorfs.core.dirty import BLOCK
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import ProtocolError
 from mirrorfs.resync.hashes import COMPARED, HASH_SIZE, hashes
@@ -121,6 +122,8 @@ class Sender:
 
     async def copy_range(self, known: Known, start: int, end: int, *, holes: bool) -> None:
         """Send the data between two offsets, and with `holes` where none is; what is written meanwhile is on the stream."""
+        if holes:
+            end += -end % BLOCK  # should the file grow meanwhile, its last block must not stay there as one of zeros
         offset, at_once_next = start, False
         while offset < end and not known.gone:
             length = self.tree.stat(known).st_size
