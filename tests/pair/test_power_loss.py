@@ -115,7 +115,7 @@ class _Count:
         kinds = re.findall(r"bringing \w+ in sync, (.*)", log)
         copied, compared = re.findall(r"(\d+) bytes copied, (\d+) bytes compared", log)[-1]
         assert kinds[-1] == "by what may differ"
-        assert int(compared) <= _HOT_BYTES
+        assert int(compared) < _BASE_BYTES // 2
         self.compared.append(int(compared))
         self.copied.append(int(copied))
         self.felt += bool(lost)
