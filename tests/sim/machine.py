@@ -12,7 +12,7 @@ import trio
 
 from mirrorfs.activity import Activity
 from mirrorfs.backing import Backing
-from mirrorfs.config import Config, NodeConfig, ReplicationConfig
+from mirrorfs.config import Config, NodeConfig, ReplicationConfig, ResyncConfig
 from mirrorfs.dirty_log import DirtyLog
 from mirrorfs.errors import JournalError, MirrorfsError
 from mirrorfs.journal import Journal
@@ -173,6 +173,7 @@ class Machine:
             node(self.name),
             node(other),
             ReplicationConfig(checkpoint_interval_s=options.checkpoint_interval_s, on_peer_loss=options.on_peer_loss),
+            resync=ResyncConfig(rate_limit_bytes_per_s=options.resync_bytes_per_s),
         )
 
     async def _run(

@@ -1,5 +1,6 @@
 """A random run: applications that write, and a nemesis that does what happens to servers, in rounds."""
 
+import math
 import random
 from contextlib import suppress
 from typing import Final
@@ -18,7 +19,7 @@ LABELS: Final = (
     *("sent:JOIN", "sent:JOINED", "sent:FOLLOW", "sent:FOLLOWING", "sent:HANDOVER", "sent:CHECKPOINT", "sent:CHECKPOINTED"),
     *("sent:FLUSHED", "sent:ACK", "sent:WRITE", "sent:RENAME", "sent:GATHER", "sent:GATHERED", "sent:ENTRY"),
     *("sent:NAMES_EQUAL", "sent:REFRESH", "sent:COPY_DATA", "sent:HOT", "sent:INTRODUCE", "sent:MAKE_NODE", "sent:UNLINK"),
-    *("sent:VANISH", "sent:DIRECTORY_DONE", "sent:COMPARE", "sent:HASHES"),
+    *("sent:VANISH", "sent:DIRECTORY_DONE", "sent:COMPARE", "sent:HASHES", "sent:WHOLE", "sent:WANTED"),
 )
 
 
@@ -29,6 +30,7 @@ def options_of(seed: int) -> Options:
         checkpoint_interval_s=dice.choice((0.5, 2.0, 10.0)),
         on_peer_loss=dice.choice(("continue", "continue", "continue", "freeze")),
         descriptors=dice.choice((20_000, 20_000, 40)),
+        resync_bytes_per_s=dice.choice((math.inf, 2e6, 2e5)),
     )
 
 

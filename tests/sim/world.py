@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib
 import logging
+import math
 import os
 import random
 import shutil
@@ -53,6 +54,7 @@ class Options:
     checkpoint_interval_s: float = 10.0
     on_peer_loss: Literal["continue", "freeze"] = "continue"
     descriptors: int = 20_000
+    resync_bytes_per_s: float = math.inf
 
 
 class _Notes(logging.Handler):

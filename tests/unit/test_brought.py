@@ -77,6 +77,16 @@ def test_a_tail_moves_with_what_was_compared() -> None:
     assert dirty.all().file(FILE).tail == 7
 
 
+def test_what_is_taken_up_after_the_end_stays_marked() -> None:
+    dirty = _dirty({1, 2})
+    brought = Brought(dirty)
+    brought.give_back()
+    brought.begin(FILE)
+    brought.sent(FILE, 2 * BLOCK, compared=False)
+    brought.end(FILE)
+    assert _blocks(dirty) == {1, 2}
+
+
 def test_a_checkpoint_for_nothing_is_not_made() -> None:
     brought = Brought(_dirty({1}))
     assert not brought.begin_checkpoint()

@@ -14,13 +14,14 @@ class Brought:
 
     def __init__(self, dirty: DirtySet) -> None:
         self._dirty = dirty
+        self._ended = False
         self._under_way: dict[int, FileMarks] = {}
         self._sent = Generation()
         self._at_checkpoint = Generation()
 
     def begin(self, number: int) -> None:
         """A file is being brought over, with all that its marks say until now."""
-        self._under_way[number] = self._dirty.take(number)
+        self._under_way[number] = FileMarks() if self._ended else self._dirty.take(number)
 
     def sent(self, number: int, end: int, *, compared: bool) -> None:
         """Its dirty blocks, or its extents that had to be compared, have been sent up to this offset in bytes."""
@@ -52,7 +53,8 @@ class Brought:
         self._at_checkpoint = Generation()
 
     def give_back(self) -> None:
-        """The resync has ended early: what no checkpoint has made durable is dirty still."""
+        """The resync has ended early: what no checkpoint has made durable is dirty still, and what it takes up yet stays so."""
+        self._ended = True
         for number, marks in self._under_way.items():
             self._dirty.now.file(number).add(marks)
         for generation in (self._sent, self._at_checkpoint):

@@ -152,6 +152,8 @@ class CatchUp(Sender):
             await self._equal_names()
             while self._work.files:
                 for number in list(self._work.files):
+                    if self.stream.broken:
+                        return
                     before = self.bytes_done
                     await self._bring_file(number)
                     self.settle_estimate(self._estimates.pop(number, 0), before)
