@@ -31,8 +31,9 @@ class Known:
 
     `lookups` counts what the kernel was told and has not forgotten, `opens` the open handles and running syncs, `kept` those
     who only need that it stays known; `pinned` is the era in which the peer may name it, `gone` says that it has no name.
-    `version` grows with every change of the data, `synced` is the version that is on stable storage. `names` are the directory
-    entries that the kernel may have cached; `special` says that a write by an ordinary user must clear setuid or setgid.
+    `version` grows with every change of the data, `synced` is the version that is on stable storage. `used` says when a
+    descriptor was last handed out, in uses of the table. `names` are the directory entries that the kernel may have cached;
+    `special` says that a write by an ordinary user must clear setuid or setgid.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class Known:
         "retired",
         "special",
         "synced",
+        "used",
         "version",
     )
 
@@ -69,6 +71,7 @@ class Known:
         self.special = False
         self.pinned = 0
         self.retired: list[int] = []
+        self.used = 0
 
     @property
     def is_directory(self) -> bool:
@@ -90,6 +93,7 @@ class Table:
         self._max_idle = limit // 10
         self._aliases: dict[int, Known] = {}
         self._era = 1
+        self._uses = 0
         self._files: dict[int, Known] = {}
         self._paths: OrderedDict[int, Known] = OrderedDict()
         self._idle: OrderedDict[int, Known] = OrderedDict()
@@ -147,9 +151,11 @@ class Table:
             known = self._files[number] = Known(number, kind)
         elif known.path >= 0 or known.data >= 0 or (known.handle and known.handle != backing.handle_of(path)):
             os.close(path)
+            self._take_in_hand(known)
             return known
         known.path = path
         self._paths[number] = known
+        self._take_in_hand(known)
         self._close_paths()
         return known
 
@@ -191,10 +197,17 @@ class Table:
         if known.path < 0:
             known.path = backing.open_handle(self._mount, known.handle, os.O_PATH | os.O_NOFOLLOW)
             self._paths[known.id] = known
+            self._take_in_hand(known)
             self._close_paths()
         else:
             self._paths.move_to_end(known.id)
+            self._take_in_hand(known)
         return known.path
+
+    def _take_in_hand(self, known: Known) -> None:
+        """It is about to be used: a file that loses its last name now could not be opened again."""
+        self._uses += 1
+        known.used = self._uses
 
     def handle(self, known: Known) -> bytes:
         """Its file handle: it opens the file again, also after a restart of this node."""
@@ -339,11 +352,12 @@ class Table:
 
     def _close_paths(self) -> None:
         """Keep the number of path descriptors within its limit; what must stay open is passed over."""
-        for _ in range(min(_CLOSE_AT_ONCE, len(self._paths) - _IN_HAND)):
+        for _ in range(min(_CLOSE_AT_ONCE, len(self._paths))):
             if len(self._paths) <= self._max_paths:
                 return
             number, known = self._paths.popitem(last=False)
-            if known.gone or (known.opens and known.data < 0) or not self._remember(known):
+            in_hand = self._uses - known.used < _IN_HAND
+            if in_hand or known.gone or (known.opens and known.data < 0) or not self._remember(known):
                 self._paths[number] = known
                 continue
             os.close(known.path)

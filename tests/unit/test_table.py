@@ -55,3 +55,21 @@ def test_a_descriptor_of_a_file_with_writes_that_were_not_synced_is_never_closed
         _made(table, tmp_path, number)
     assert written.data >= 0
     assert table.find(2) is written
+
+
+def test_what_is_in_hand_stays_open_however_many_cannot_be_closed(table: Table, tmp_path: Path) -> None:
+    """A rename looks two files up, and then needs two directories; the file that it replaces cannot be opened again."""
+
+    def known(number: int) -> Known:
+        (tmp_path / str(number)).touch()
+        return table.add(number, stat.S_IFREG, os.open(tmp_path / str(number), os.O_PATH))
+
+    for number in range(2, 40):
+        known(number).gone = True
+    others = [known(number) for number in range(40, 60)]
+    replaced = known(60)
+    table.descriptor(replaced)
+    for other in others[:4]:
+        table.descriptor(other)
+    (tmp_path / "60").unlink()
+    assert os.fstat(table.descriptor(replaced)).st_nlink == 0
