@@ -116,13 +116,13 @@ class Activity:
             self._keeper.failed(error)
             raise
 
-    async def checkpointed(self, number: int, volume_id: str, *, whole: bool = True) -> None:
-        """As the primary: both nodes have synced what came before the last cut, or if that is not the `whole` of it, what a
-        resync has brought over."""
+    async def checkpointed(self, number: int, volume_id: str, *, empties: bool = True) -> None:
+        """As the primary: both nodes have synced what came before the last cut, or without `empties`, what a resync has
+        brought over."""
         async with self._writing:
             if number <= self.dirty.head.number:
                 return  # a later one was faster
-            if whole:
+            if empties:
                 self.dirty.checkpointed(number)
             else:
                 self.dirty.resynced(number)

@@ -212,7 +212,8 @@ class Conversation:
         started = time.monotonic()
         log.info("bringing %s in sync, %s", theirs.node, "by what may differ" if self._quick else "by a full copy")
         report, self._hot = reports.unpack(self._hot) if self._quick else None, []
-        copier = await primary.begin_copy(self._link, theirs.dirty, report)
+        room_bytes = node.peer_space.free if node.peer_space is not None else 0
+        copier = await primary.begin_copy(self._link, theirs.dirty, report, room_bytes)
         try:
             await copier.run()
         except CannotCatchUpError:

@@ -165,11 +165,11 @@ class Primary:
         self._marking.after(change, old_size)
         if not told:
             self._note_untold(change, old_size)
-        elif isinstance(self.copier, CatchUp):
-            self.copier.note_told(change)
         if self.stream is not None:
             self._times.note(change)
         try:
+            if told and isinstance(self.copier, CatchUp):
+                self.copier.note_told(change)
             return result, self._send(change, result if isinstance(result, Known) else None), failure
         except OSError as error:
             # The change is made here: a target that cannot be told of it must be copied to again.
@@ -363,15 +363,15 @@ class Primary:
 
     async def _checkpoint_within(self, copier: CatchUp) -> None:
         """Should the resync end early, what it has brought over so far need not be brought again."""
-        if copier.brought.begin_checkpoint() and await self._checkpoint(copier.stream, whole=False):
+        if copier.brought.begin_checkpoint() and await self._checkpoint(copier.stream, empties=False):
             copier.brought.end_checkpoint()
 
-    async def _checkpoint(self, stream: Stream, *, whole: bool = True) -> bool:
+    async def _checkpoint(self, stream: Stream, *, empties: bool = True) -> bool:
         """False if it did not come about: what is dirty stays so."""
         self.settle_all()
         self._last_number = max(self.activity.dirty.head.number, self._last_number) + 1
         try:
-            done = await make_checkpoint(stream, self.tree, self.activity, self.keeper, self._last_number, whole=whole)
+            done = await make_checkpoint(stream, self.tree, self.activity, self.keeper, self._last_number, empties=empties)
         except OSError as error:
             self.disk_failed(error)
             return False
@@ -379,9 +379,9 @@ class Primary:
 
     # ---- the peer comes and goes
 
-    async def begin_copy(self, link: Link, theirs: Head, report: Report | None) -> Copier | CatchUp:
+    async def begin_copy(self, link: Link, theirs: Head, report: Report | None, room_bytes: int) -> Copier | CatchUp:
         """Begin to bring a following peer to the same tree: what its report and the own dirty set say, or without one
-        everything.
+        everything. It has room for `room_bytes`.
 
         The peer does not count until `join`.
         """
@@ -401,6 +401,7 @@ class Primary:
                 settings=self._resync,
                 first_new=first_new(self.activity.dirty.head, theirs),
                 unsent_from=self._unsent_from,
+                room_bytes=room_bytes,
                 introduce=introductions.by_entry,
                 note_introduced=introductions.known.add,
                 note_unsettled=self._times.add,

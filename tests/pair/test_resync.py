@@ -12,8 +12,9 @@ from zlib import crc32
 
 import pytest
 
+from mirrorfs.lab.disks import PowerDisks
 from mirrorfs.lab.pair import Host, Lab, wait_for
-from tests.pair.support import NewLines, state, status, tree_differences, wait_state
+from tests.pair.support import NewLines, start_mirrored, state, status, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
 
@@ -149,6 +150,23 @@ def test_a_target_with_few_descriptors_takes_many_files(lab: Lab) -> None:
     subprocess.run([sys.executable, "-c", launch, lab.dir], check=True)
     lab.wait_mirrored()
     assert tree_differences(lab) == []
+
+
+@pytest.mark.skipif(shutil.which("mkfs.xfs") is None, reason="needs xfsprogs")
+def test_new_files_have_the_room_of_those_that_are_gone(tmp_path: Path) -> None:
+    with Lab.create(tmp_path / "lab", options={"ack_timeout": "1s"}) as lab:
+        PowerDisks.create(lab, size_bytes=320 << 20)
+        start_mirrored(lab)
+        for kind in ("old", "new"):
+            (lab.one.mount / kind).mkdir()
+            for number in range(3000):
+                (lab.one.mount / kind / str(number)).write_bytes(os.urandom(60_000))
+            if kind == "old":
+                _alone(lab)
+                shutil.rmtree(lab.one.mount / "old")
+        lab.two.start()
+        lab.wait_mirrored()
+        assert tree_differences(lab) == []
 
 
 def test_a_capability_outlives_the_data_that_is_written_over_it(lab: Lab) -> None:

@@ -38,15 +38,15 @@ def _acknowledging_before_the_peer() -> Iterator[tuple[Any, str, Any]]:
 
 def _dropping_the_dirty_generation_before_both_syncs() -> Iterator[tuple[Any, str, Any]]:
     async def make_checkpoint(
-        stream: Stream, tree: Tree, activity: Activity, keeper: Keeper, number: int, *, whole: bool = True
+        stream: Stream, tree: Tree, activity: Activity, keeper: Keeper, number: int, *, empties: bool = True
     ) -> bool:
         dirty = activity.dirty
-        new_from = keeper.next_id() if whole else dirty.head.new_from
-        if whole:
+        new_from = keeper.next_id() if empties else dirty.head.new_from
+        if empties:
             dirty.cut(new_from)
         tree.note_checkpoint(number)
         sequence = stream.put_flush(ops.Checkpoint(number, new_from))
-        await activity.checkpointed(number, keeper.record.volume_id, whole=whole)
+        await activity.checkpointed(number, keeper.record.volume_id, empties=empties)
         await trio.to_thread.run_sync(tree.syncfs)
         return await stream.flushed(sequence) and not stream.broken
 

@@ -87,6 +87,16 @@ def test_what_is_taken_up_after_the_end_stays_marked() -> None:
     assert _blocks(dirty) == {1, 2}
 
 
+def test_what_was_under_way_at_the_end_may_still_be_reported() -> None:
+    dirty = _dirty({1, 2})
+    brought = Brought(dirty)
+    brought.begin(FILE)
+    brought.give_back()
+    brought.sent(FILE, 3 * BLOCK, compared=False)
+    brought.end(FILE)
+    assert _blocks(dirty) == {1, 2}
+
+
 def test_a_checkpoint_for_nothing_is_not_made() -> None:
     brought = Brought(_dirty({1}))
     assert not brought.begin_checkpoint()

@@ -177,7 +177,7 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Quick resync: the `Gather`s of this round are all sent; an `Entry` follows for each name that is not right there."""
+    """Quick resync: the `Gather`s of this round are all sent; each name that is not right follows (`Entry`, `Whole`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +411,8 @@ def _is_bytes(value: object) -> bool:
     return type(value) is bytes
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
+    """Whether this can be a name in a directory: one that is more would lead out of the tree."""
     return (
         type(value) is bytes
         and 0 < len(value) <= 255
@@ -426,11 +427,11 @@ def _is_xattr_name(value: object) -> bool:
 
 
 def _is_entry(value: object) -> bool:
-    return value == b"" or _is_name(value)
+    return value == b"" or is_name(value)
 
 
 def _is_path(value: object) -> bool:
-    return type(value) is bytes and (value == b"" or all(map(_is_name, value.split(b"/"))))
+    return type(value) is bytes and (value == b"" or all(map(is_name, value.split(b"/"))))
 
 
 def _are_pairs(first: Check, second: Check) -> Check:
@@ -452,7 +453,7 @@ def _are_files(value: object) -> bool:
         if type(file) is not WholeFile:
             return False
         name, number, mode, uid, gid, mtime_ns, xattrs, data = file
-        if not (_is_name(name) and _is_id(number) and _is_number(mode) and _is_number(uid) and _is_number(gid)):
+        if not (is_name(name) and _is_id(number) and _is_number(mode) and _is_number(uid) and _is_number(gid)):
             return False
         if not (_is_time(mtime_ns) and (xattrs == () or _are_xattrs(xattrs)) and type(data) is bytes):
             return False
@@ -468,12 +469,12 @@ _CHECK_OF: Final[dict[str, Check]] = {
     **dict.fromkeys(("mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset"), _is_number),
     **dict.fromkeys(("atime_ns", "mtime_ns"), _is_time),
     **dict.fromkeys(("data_only", "gone", "complete", "last"), _is_flag),
-    **dict.fromkeys(("name", "new_name"), _is_name),
+    **dict.fromkeys(("name", "new_name"), is_name),
     "entry": _is_entry,
     "path": _is_path,
     "ranges": _are_pairs(_is_number, _is_number),
     "xattrs": _are_xattrs,
-    "names": _are_pairs(_is_name, _is_number),
+    "names": _are_pairs(is_name, _is_number),
     "files": _are_files,
 }
 

@@ -59,4 +59,5 @@ class Brought:
             self._dirty.now.file(number).add(marks)
         for generation in (self._sent, self._at_checkpoint):
             self._dirty.now.add(generation)
-        self._under_way, self._sent, self._at_checkpoint = {}, Generation(), Generation()
+        self._under_way = {number: FileMarks() for number in self._under_way}  # `sent` and `end` may come still
+        self._sent, self._at_checkpoint = Generation(), Generation()

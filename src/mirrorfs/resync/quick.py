@@ -45,7 +45,9 @@ log = logging.getLogger(__name__)
 _NAMES_PER_FRAME: Final = 2000
 _WHOLE_PER_FRAME: Final = 64
 _WHOLE_BYTES_PER_FRAME: Final = 256 << 10
-_NO_ID: Final = 1 << 63
+#: No file counts as new.
+_NO_NEW: Final = 1 << 63
+_NAME_COST: Final = 64
 #: A large file counts as brought over in steps of so many bytes, a multiple of `EXTENT`.
 _STEP: Final = 256 << 20
 
@@ -54,9 +56,9 @@ class CatchUp(Sender):
     """Brings the target to the same tree. Live changes to what is still to be looked at are noted and brought over with it; all
     others are told as they are, once the catch-up is `live`.
 
-    `introduce` makes the target know a file by its id, given a directory entry that leads to it, and `note_introduced` takes
-    one that it knows already; files from `first_new` on may be new to the target, and what was made from `unsent_from` on
-    certainly is.
+    The target has room for `room_bytes`. `introduce` makes the target know a file by its id, given a directory entry that leads
+    to it, and `note_introduced` takes one that it knows already; files from `first_new` on may be new to the target, and what
+    was made from `unsent_from` on certainly is.
     """
 
     kind = "quick"
@@ -71,6 +73,7 @@ class CatchUp(Sender):
         settings: ResyncConfig = DEFAULT,
         first_new: int,
         unsent_from: int,
+        room_bytes: int,
         introduce: Callable[[int, bytes, int], None],
         note_introduced: Callable[[int], None],
         note_unsettled: Callable[[int], None],
@@ -84,13 +87,14 @@ class CatchUp(Sender):
         self._finder = Finder(tree, dirty.located, theirs.places)
         self._first_new = first_new
         self._unsent_from = unsent_from
+        # What is set aside at the target gives its room back when the names are equal, not before.
+        self._room_bytes = room_bytes // 2
         self._introduce = introduce
         self._note_introduced = note_introduced
         self._note_unsettled = note_unsettled
         self._to_place: dict[int, set[bytes] | None] = {}
         self._unlisted: set[int] = set()
         self._placed: set[int] = set()
-        self._said: set[int] = set()
         self._linked: dict[int, int] = {}
         self._lacked: set[int] = set()
         self._held: list[Known] = []
@@ -114,10 +118,9 @@ class CatchUp(Sender):
 
     def note(self, change: ops.Change, old_size: int) -> None:
         """A live change was made that the target is not told of."""
-        self._work.note(change, _NO_ID, old_size)  # new files too: they may have been sent whole
+        self._work.note(change, _NO_NEW, old_size)  # new files too: they may have been sent whole
         match change:
             case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
-                self._said.discard(change.file)
                 known = self.tree.table.find(change.file)
                 for parent, name in known.names if known is not None else ():
                     self._finder.note(change.file, parent, name)
@@ -138,7 +141,8 @@ class CatchUp(Sender):
 
     def _note_place(self, parent: int, name: bytes) -> None:
         known = self.tree.lookup(parent, name)
-        self._finder.note(known.id, parent, name)
+        if known.is_directory or known.id in self._work.files:
+            self._finder.note(known.id, parent, name)
         self.tree.table.drop_unused(known)
 
     def note_name(self, directory: int, name: bytes) -> None:
@@ -217,8 +221,11 @@ class CatchUp(Sender):
     async def _gather_names(self, directory: Known, batch: dict[int, set[bytes] | None], depths: dict[int, int]) -> list[int]:
         """Gather the marked names of one directory; returns new directories that are to be gathered too."""
         number, names = directory.id, batch[directory.id]
+        if number in self._unlisted:
+            return []
         self._hold(directory)
         depths[number] = self._hint(directory)
+        await self.pace(_NAME_COST * (1 + depths[number]))
         if number >= self._unsent_from and number not in self._placed:
             return self._look_into(directory, batch)
         to_place = self._to_place[number] = set[bytes]()
@@ -278,7 +285,7 @@ class CatchUp(Sender):
         for at in range(0, max(len(found), 1), _NAMES_PER_FRAME):
             piece = tuple(found[at : at + _NAMES_PER_FRAME])
             self.stream.put(ops.Gather(number, piece, complete, at + _NAMES_PER_FRAME >= len(found)))
-            await self.pace(64 * len(piece) + 64)
+            await self.pace(_NAME_COST * (1 + len(piece)))
 
     def _hint(self, directory: Known) -> int:
         """Tell the target by which names this directory is reached here; it may have it elsewhere. Returns its depth."""
@@ -326,7 +333,7 @@ class CatchUp(Sender):
 
     def _whole(self, directory: Known, name: bytes) -> ops.WholeFile | None:
         """A small new file, if it can be placed now."""
-        if self._work.has_name(directory.id, name) or not self._is_there(directory):
+        if self._room_bytes <= 0 or self._work.has_name(directory.id, name) or not self._is_there(directory):
             return None
         return whole.read(self.tree, self.tree.table.descriptor(directory), name, self._first_new)
 
@@ -337,11 +344,11 @@ class CatchUp(Sender):
         before = self.bytes_done
         self.bytes_done += size
         self.bytes_sent += size
+        self._room_bytes -= size + ENTRY_COST * len(files)
         self.files_done += len(files)
         self.settle_estimate(sum(self._estimates.pop(file.file, 0) for file in files) if self._estimates else 0, before)
         for file in files:
             self._work.files.pop(file.file, None)
-            self._said.discard(file.file)
 
     def _put_name(self, directory: Known, name: bytes) -> None:
         if self._work.has_name(directory.id, name):
@@ -364,7 +371,6 @@ class CatchUp(Sender):
         status = self.put_entry(directory.id, name, known, self.xattrs_of(known))
         self._finder.note(known.id, directory.id, name)
         self._placed.add(known.id)
-        self._said.add(known.id)
         self._note_introduced(known.id)
         self._note_unsettled(known.id)
         if known.id >= self._first_new:
@@ -447,8 +453,7 @@ class CatchUp(Sender):
         self.brought.begin(number)
         regular = stat.S_ISREG(status.st_mode)
         size = status.st_size if regular else 0
-        if number < self._unsent_from or number not in self._said:  # else its entry has said it all
-            self.stream.put(ops.Refresh(number, status.st_mode, status.st_uid, status.st_gid, size, self.xattrs_of(known)))
+        self.stream.put(ops.Refresh(number, status.st_mode, status.st_uid, status.st_gid, size, self.xattrs_of(known)))
         self._note_unsettled(number)
         self._hold(known)
         if regular:

@@ -10,6 +10,7 @@ from pyroaring import BitMap64
 
 from mirrorfs.core import ids
 from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation, Located
+from mirrorfs.core.operations import is_name
 from mirrorfs.core.wire import Frame, message, raw
 from mirrorfs.errors import ProtocolError
 from mirrorfs.search import Hit, find_names
@@ -157,17 +158,17 @@ def unpack(messages: Iterable[Any]) -> Report:
         for items in messages:
             for way, number, *content in items:
                 for file, parent, name in way:
-                    places.setdefault(_id(file), []).append((_id(parent), raw(name)))
+                    places.setdefault(_id(file), []).append((_id(parent), _name(name)))
                 if len(content) == 1:
                     (names,) = content
                     mine = marks.names.setdefault(_id(number), set())
-                    marks.names[number] = None if names is None or mine is None else mine | set(map(raw, names))
+                    marks.names[number] = None if names is None or mine is None else mine | set(map(_name, names))
                 else:
                     blocks, extents, tail = content
                     changed = FileMarks()
                     changed.blocks = BitMap64.deserialize(blocks)
                     changed.extents = BitMap64.deserialize(extents)
-                    changed.tail = min(int(tail), END)
+                    changed.tail = _tail(tail)
                     marks.file(_id(number)).add(changed)
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"a malformed HOT: {error}") from error
@@ -191,12 +192,24 @@ def pack_wanted(wanted: list[tuple[int, list[bytes] | None]]) -> Iterator[list[A
 def unpack_wanted(frame: Frame) -> list[tuple[int, set[bytes] | None]]:
     """What `pack_wanted` has packed; ProtocolError if it is not that."""
     try:
-        return [(_id(directory), None if names is None else set(map(raw, names))) for directory, names in message(frame)]
+        return [(_id(directory), None if names is None else set(map(_name, names))) for directory, names in message(frame)]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
 
 
 def _id(value: Any) -> int:
-    if not isinstance(value, int) or not 0 < value < 1 << 63:
+    if type(value) is not int or not 0 < value < 1 << 63:
         raise ValueError(f"{value!r} is no file id")
     return value
+
+
+def _name(value: Any) -> bytes:
+    if not is_name(value):
+        raise ValueError(f"{value!r} is no name"[:100])
+    return raw(value)
+
+
+def _tail(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no extent"[:100])
+    return min(value, END)

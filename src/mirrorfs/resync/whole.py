@@ -38,6 +38,8 @@ def read(tree: Tree, directory: int, name: bytes, first_new: int) -> WholeFile |
         if number is None or number < first_new:
             return None
         data = bytearray(size)
+        if size and os.lseek(descriptor, 0, os.SEEK_HOLE) < size:
+            return None
         if size and os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) != size:
             return None
         xattrs: tuple[tuple[bytes, bytes], ...] = ()
@@ -54,13 +56,14 @@ def read(tree: Tree, directory: int, name: bytes, first_new: int) -> WholeFile |
 
 def make(tree: Tree, directory: int, file: WholeFile) -> None:
     """Make a file in a directory (a descriptor); FileExistsError if the name is taken, OSError if it cannot be made."""
-    wanted = stat.S_IMODE(file.mode)
+    wanted, wanted_xattrs = stat.S_IMODE(file.mode), [name for name, _ in file.xattrs]
     descriptor = os.open(file.name, _MAKE, wanted & 0o777, dir_fd=directory)
     try:
         status = os.fstat(descriptor)
         tree.stamp(descriptor, status.st_ino, file.file)
         for name in tree.foreign(os.listxattr(descriptor)):
-            os.removexattr(descriptor, name)  # a default ACL of the directory has given it
+            if name not in wanted_xattrs:
+                os.removexattr(descriptor, name)  # a default ACL of the directory has given it
         # What is written and who owns it first: both take special bits and capabilities away.
         if file.data and os.pwrite(descriptor, file.data, 0) < len(file.data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
