@@ -82,7 +82,7 @@ class Copier(Sender):
                 self._vanish(change.parent, change.name, gone=lost is not None and lost.gone)
             case ops.Rename():
                 self._name_holds(change.new_parent, change.new_name, moved=True)
-                if change.flags & ops.RENAME_EXCHANGE:
+                if change.flags & ops.RENAME_EXCHANGE or self._is_still_there(change.parent, change.name):
                     self._name_holds(change.parent, change.name, moved=True)
                 else:
                     self._vanish(change.parent, change.name)
@@ -103,6 +103,14 @@ class Copier(Sender):
             self.introduce(parent, name, known)
         else:
             self.tree.table.drop_unused(known)
+
+    def _is_still_there(self, parent: int, name: bytes) -> bool:
+        """Whether the old name of a rename leads to a file yet: rename(2) does nothing with two names of one file."""
+        try:
+            self.tree.peek(self.tree.table.get(parent), name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _introduce_directory(self, number: int) -> None:
         """Introduce a directory and those above it: something that the target has was moved there."""
