@@ -209,7 +209,7 @@ class Primary:
         known.synced = max(known.synced, version)
         if sequence and stream is not None and not stream.broken:
             return
-        await self._acknowledged(sequence)
+        await self._acknowledged(sequence if stream is self.stream else 0)  # numbers of another stream mean nothing
 
     def _send_sync(self, known: Known, data_only: bool) -> int:
         """Have the peer sync the file; 0 if it need not."""
