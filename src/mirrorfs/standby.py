@@ -1,6 +1,6 @@
 """The standby's side: apply the primary's stream in order, acknowledge, sync when told.
 
-A connection's frames are applied by one task, in order, with no await between the check of a number and its `apply`. A result
+A connection's frames are applied by one task, in order; once the link has ended none is applied any more. A result
 that is not the primary's is divergence: the node records durably that it is outdated before it says so, and applies nothing
 more.
 """
@@ -149,6 +149,7 @@ class Standby:
         located = Located(entry.file, b"", entry.parent, above, entry.name)
         await self._activity.make_durable([located, Extents(entry.file, 0, END)])
         dirty.now.file(entry.file).tail = 0
+        await trio.lowlevel.checkpoint_if_cancelled()  # the link may have ended meanwhile, and this node may lead
 
     def acknowledge(self) -> None:
         """Tell the primary how far this node has come."""

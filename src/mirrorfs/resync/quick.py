@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 
 _NAMES_PER_FRAME: Final = 2000
 _WHOLE_PER_FRAME: Final = 64
-_WHOLE_BYTES_PER_FRAME: Final = 256 << 10
+_WHOLE_COST: Final = 256
+_COST_PER_TURN: Final = 256 << 10
 #: No file counts as new.
 _NO_NEW: Final = 1 << 63
 _NAME_COST: Final = 64
@@ -224,10 +225,12 @@ class CatchUp(Sender):
         if number in self._unlisted:
             return []
         self._hold(directory)
-        depths[number] = self._hint(directory)
-        await self.pace(_NAME_COST * (1 + depths[number]))
+        way = self._way(directory)
+        depths[number] = len(way)
+        await self.pace(_NAME_COST * (1 + len(way)))
         if number >= self._unsent_from and number not in self._placed:
             return self._look_into(directory, batch)
+        self._hint(way)
         to_place = self._to_place[number] = set[bytes]()
         found, more = list[tuple[bytes, int]](), list[int]()
         for count, name in enumerate(self.tree.names(directory) if names is None else sorted(names)):
@@ -287,16 +290,19 @@ class CatchUp(Sender):
             self.stream.put(ops.Gather(number, piece, complete, at + _NAMES_PER_FRAME >= len(found)))
             await self.pace(_NAME_COST * (1 + len(piece)))
 
-    def _hint(self, directory: Known) -> int:
-        """Tell the target by which names this directory is reached here; it may have it elsewhere. Returns its depth."""
+    def _way(self, directory: Known) -> list[ops.Introduce]:
+        """The names by which a directory is reached here, from the root on."""
         steps: list[ops.Introduce] = []
         while directory.id != ids.ROOT:
             parent, name = self._finder.place_of_directory(directory)
             steps.append(ops.Introduce(parent, name, directory.id))
             directory = self.tree.table.get(parent)
-        for step in reversed(steps):
+        return steps[::-1]
+
+    def _hint(self, way: list[ops.Introduce]) -> None:
+        """Tell the target by which names a directory is reached here; it may have it elsewhere."""
+        for step in way:
             self.stream.put(step)
-        return len(steps)
 
     async def _place(self, batch: dict[int, set[bytes] | None], depths: dict[int, int]) -> None:
         """Tell what stands under the names that the target has not right, unless it has changed since they were gathered."""
@@ -311,25 +317,24 @@ class CatchUp(Sender):
 
     async def _place_names(self, directory: Known, names: list[bytes]) -> None:
         """Small new files together, each other one by itself. No await between the look at a file and its `put`."""
-        files, size = list[ops.WholeFile](), 0
-        began = trio.current_time()
+        files, cost, began = list[ops.WholeFile](), 0, trio.current_time()
         for name in names:
             if directory.gone:
                 return
             file = self._whole(directory, name)
             if file is None:
                 self._put_name(directory, name)
+                cost += ENTRY_COST
             else:
                 files.append(file)
-                size += len(file.data)
-            is_full = len(files) >= _WHOLE_PER_FRAME or size >= _WHOLE_BYTES_PER_FRAME
+                cost += len(file.data) + _WHOLE_COST
+            is_full = len(files) >= _WHOLE_PER_FRAME or cost >= _COST_PER_TURN
             if is_full or trio.current_time() - began > TURN_S:
-                self._put_whole(directory, files, size)
-                await self.pace(max(size + ENTRY_COST // 16 * len(files), ENTRY_COST))
-                files, size = [], 0
-                began = trio.current_time()
-        self._put_whole(directory, files, size)
-        await self.pace(size + ENTRY_COST)
+                self._put_whole(directory, files)
+                await self.pace(cost)
+                files, cost, began = [], 0, trio.current_time()
+        self._put_whole(directory, files)
+        await self.pace(cost)
 
     def _whole(self, directory: Known, name: bytes) -> ops.WholeFile | None:
         """A small new file, if it can be placed now."""
@@ -337,9 +342,10 @@ class CatchUp(Sender):
             return None
         return whole.read(self.tree, self.tree.table.descriptor(directory), name, self._first_new)
 
-    def _put_whole(self, directory: Known, files: list[ops.WholeFile], size: int) -> None:
+    def _put_whole(self, directory: Known, files: list[ops.WholeFile]) -> None:
         if not files:
             return
+        size = sum(len(file.data) for file in files)
         self.stream.put(ops.Whole(directory.id, tuple(files)))
         before = self.bytes_done
         self.bytes_done += size
@@ -399,7 +405,7 @@ class CatchUp(Sender):
         if not wanted:
             return
         for number, parent, name in await self._finder.names_of(wanted):
-            self._hint(self.tree.table.get(parent))
+            self._hint(self._way(self.tree.table.get(parent)))
             self.stream.put(ops.Introduce(parent, name, number))
 
     def on_frame(self, frame: Frame) -> bool:

@@ -38,7 +38,7 @@ class Report:
 
 async def pack(dirty: DirtySet, tree: Tree) -> Iterator[list[Any]]:
     """The report as messages of bounded size, for msgpack."""
-    wanted = _many_named(dirty.all().files, dirty, tree)
+    wanted = await _many_named(dirty, tree)
     hits = await trio.to_thread.run_sync(find_names, tree.root, wanted.keys()) if wanted else {}
     return _pack(dirty, tree, _places(wanted, hits, tree))
 
@@ -76,11 +76,13 @@ def _pack_file(marks: FileMarks) -> tuple[bytes, bytes, int]:
     return BitMap64().serialize(), coarse.serialize(), marks.tail
 
 
-def _many_named(files: Iterable[int], dirty: DirtySet, tree: Tree) -> dict[int, int]:
+async def _many_named(dirty: DirtySet, tree: Tree) -> dict[int, int]:
     """Marked files that have several names here, or one that is not known, by inode number: the other node may have removed
     the one that is known."""
     found: dict[int, int] = {}
-    for number in files:
+    for count, number in enumerate(dirty.all().files):
+        if count % 256 == 255:
+            await trio.lowlevel.checkpoint()
         located = dirty.located.get(number)
         known = tree.find(number, located.handle if located else b"")
         if known is None:
