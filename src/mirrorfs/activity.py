@@ -6,7 +6,7 @@ record of epochs does.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import trio
@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Activity:
-    """Owns the dirty set; every change of what is on disk goes through here, one at a time."""
+    """Owns the dirty set; every change of what is on disk goes through here, one at a time.
+
+    `on_marked` is called with `marked` when more marks have become durable, before anything relies on them.
+    """
 
     def __init__(self, store: DirtyLog, keeper: Keeper) -> None:
         self._store = store
@@ -32,6 +35,7 @@ class Activity:
         self._asked = 0
         self._written = 0
         self.dirty = self._load()
+        self.on_marked: Callable[[int], None] = lambda count: None
 
     def _load(self) -> DirtySet:
         try:
@@ -43,7 +47,7 @@ class Activity:
 
     def belongs_to(self, volume_id: str, tree: Tree) -> None:
         """Trust the set only if it is of this volume, and the tree has not been exchanged for an older or newer one since."""
-        head, noted = self.dirty.head, tree.checkpoint
+        head, noted = self.dirty.head, tree.notes.checkpoint
         if not head.complete:
             return
         if head.volume_id != volume_id:
@@ -59,6 +63,11 @@ class Activity:
             self.dirty = DirtySet(replace(head, complete=False))
 
     # ---- marks
+
+    @property
+    def marked(self) -> int:
+        """How many records of marks this node has ever written."""
+        return self._store.marked
 
     async def make_durable(self, entries: Iterable[Entry]) -> None:
         """Return when these are on stable storage; JournalError if they are not, and then the node ends."""
@@ -86,6 +95,7 @@ class Activity:
             await trio.to_thread.run_sync(self._write, batch, limiter=self._threads)
         self._written = asked
         self.dirty.heat(batch)
+        self.on_marked(self.marked)
 
     def _write(self, batch: list[Entry]) -> None:
         try:

@@ -21,7 +21,7 @@ async def make_checkpoint(
     new_from = keeper.next_id() if empties else dirty.head.new_from
     if empties:
         dirty.cut(new_from)
-    tree.note_checkpoint(number)
+    tree.notes.checkpoint = number
     sequence = stream.put_flush(ops.Checkpoint(number, new_from))
     await trio.to_thread.run_sync(tree.syncfs)
     if not await stream.flushed(sequence) or stream.broken:

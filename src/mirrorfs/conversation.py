@@ -194,7 +194,11 @@ class Conversation:
             if node.primary is not None and epoch.has(self._theirs.node):
                 await node.keeper.begin_alone()
         self._link.streams += 1
-        self._quick = is_quick(node.activity.dirty.head, self._theirs.dirty) and not self._theirs.discard_local_data
+        mine, theirs = node.hello(), self._theirs
+        forgot = epochs.who_forgot(mine, theirs)
+        if forgot:
+            log.warning("%s was set back, to a snapshot or a backup: what it did since is not in its journal", forgot)
+        self._quick = is_quick(mine.dirty, theirs.dirty) and not forgot and not theirs.discard_local_data
         self._link.send_message(Kind.FOLLOW, {"record": epochs.pack_record(node.keeper.record), "quick": self._quick})
 
     async def _copy(self) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 NAME: Final = "dirty"
 MAGIC: Final = b"mfsdirty"
-VERSION: Final = 1
+VERSION: Final = 2
 _HEADER: Final = struct.Struct("<8sHHII")
 _SEALED: Final = struct.Struct("<8sHHI")
 _FRAME: Final = struct.Struct("<4sII")
@@ -44,9 +44,11 @@ _KIND_OF: Final[dict[type, int]] = {Head: 1, Names: 2, Attributes: 3, Extents: 4
 
 @dataclass(slots=True)
 class Contents:
-    """What a log holds. `size_bytes` is up to where it is good; `torn_bytes` behind it are of an append that was cut short."""
+    """What a log holds. `size_bytes` is up to where it is good; `torn_bytes` behind it are of an append that was cut short.
+    `marked` counts the records of marks that were ever written, those of earlier logs too."""
 
     salt: int
+    marked: int
     head: Head
     entries: list[Entry] = field(default_factory=list)
     size_bytes: int = 0
@@ -65,7 +67,7 @@ class DirtyLog:
         self._at = at
         self._descriptor: int | None = None
         self._salt = 0
-        self._size_bytes = self._rewritten_bytes = 0
+        self._size_bytes = self._rewritten_bytes = self._marked = 0
         self._torn = False
         #: Whether a write has failed: nobody knows what stands at the end of the file.
         self._failed = False
@@ -80,6 +82,12 @@ class DirtyLog:
         """The size just after the last `rewrite` or `load`: who compares it with `size_bytes` sees what appending has added."""
         return self._rewritten_bytes
 
+    @property
+    def marked(self) -> int:
+        """How many records of marks this node has ever written: it only grows, so a log that says less than it once did is an
+        older one, put back."""
+        return self._marked
+
     def load(self) -> tuple[Head, list[Entry]] | None:
         """What is on disk, and durably so; None if there is no file.
 
@@ -91,6 +99,7 @@ class DirtyLog:
         make_durable(self.path, self._at)
         self.close()
         self._salt = contents.salt
+        self._marked = contents.marked
         self._size_bytes = self._rewritten_bytes = contents.size_bytes
         self._torn = contents.torn_bytes > 0
         if self._torn:
@@ -103,8 +112,10 @@ class DirtyLog:
         JournalError if the disk would not take it, and then the old log stands or the new one: the node must end.
         """
         salt = int.from_bytes(os.urandom(4), "little")
+        written = list(entries)
         self._failed = True  # until it is known which of the two stands
-        descriptor = replace_file(self.path, _chunks(salt, head, entries), self._at)
+        descriptor = replace_file(self.path, _chunks(salt, self._marked, head, written), self._at)
+        self._marked += len(written)
         self.close()
         self._descriptor = descriptor
         self._salt = salt
@@ -116,9 +127,10 @@ class DirtyLog:
         if self._failed:
             raise JournalError(f"{self.path}: cannot be written: an earlier write failed. This node stops; start it again")
         assert self._size_bytes, "load or rewrite comes first"
-        data = b"".join(_record(self._salt, entry) for entry in entries)
-        if not data:
+        records = [_record(self._salt, entry) for entry in entries]
+        if not records:
             return
+        data = b"".join(records)
         self._failed = True  # until it is known what stands at the end
         try:
             descriptor = self._opened()
@@ -129,6 +141,7 @@ class DirtyLog:
         except OSError as error:
             raise write_error(self.path, error) from error
         self._size_bytes += len(data)
+        self._marked += len(records)
         self._failed = False
 
     def _opened(self) -> int:
@@ -157,7 +170,7 @@ def _header(salt: int) -> bytes:
     return sealed + struct.pack("<I", crc32(sealed))
 
 
-def _record(salt: int, value: Head | Entry) -> bytes:
+def _record(salt: int, value: Head | Entry, *more: int) -> bytes:
     match value:
         case Head():
             fields = [value.volume_id, value.number, value.base, value.new_from, value.complete]
@@ -170,7 +183,7 @@ def _record(salt: int, value: Head | Entry) -> bytes:
         case Located():
             fields = [value.file, value.handle, value.parent, value.parent_handle, value.name]
     assert _is_sound(value), f"{value!r} could not be read back"
-    body: bytes = msgpack.packb([_KIND_OF[type(value)], *fields])
+    body: bytes = msgpack.packb([_KIND_OF[type(value)], *fields, *more])
     assert len(body) <= _MAX_BODY_BYTES, len(body)
     return _FRAME.pack(_MARKER, len(body), _checksum(salt, body)) + body
 
@@ -180,8 +193,8 @@ def _checksum(salt: int, body: bytes) -> int:
     return crc32(body, crc32(struct.pack("<I", len(body)), salt))
 
 
-def _chunks(salt: int, head: Head, entries: Iterable[Entry]) -> Iterator[bytes]:
-    chunk = bytearray(_header(salt) + _record(salt, head))
+def _chunks(salt: int, marked: int, head: Head, entries: Iterable[Entry]) -> Iterator[bytes]:
+    chunk = bytearray(_header(salt) + _record(salt, head, marked))
     for entry in entries:
         chunk += _record(salt, entry)
         if len(chunk) >= _CHUNK_BYTES:
@@ -216,6 +229,7 @@ class _Reader:
         self._stream = stream
         self._size_bytes = os.fstat(stream.fileno()).st_size
         self._salt = 0
+        self._marked_before = 0
 
     def contents(self) -> Contents:
         self._salt = self._read_salt()
@@ -224,7 +238,7 @@ class _Reader:
         head = None if body is None else self._value(position, body)
         if body is None or not isinstance(head, Head):
             raise self._damaged(position, "there is no head")
-        contents = Contents(self._salt, head)
+        contents = Contents(self._salt, self._marked_before, head)
         while body is not None:
             position += _FRAME.size + len(body)
             body = self._body_at(position)
@@ -233,6 +247,7 @@ class _Reader:
                 if isinstance(value, Head):
                     raise self._damaged(position, "there is a second head")
                 contents.entries.append(value)
+        contents.marked += len(contents.entries)
         contents.size_bytes, contents.torn_bytes = position, self._size_bytes - position
         if self._is_record_behind(position):
             raise self._damaged(position, "a record that others follow is not what was written")
@@ -285,10 +300,12 @@ class _Reader:
         """What a sealed record says; that it is nonsense is damage too, since a crash does not make checksums right."""
         try:
             kind, *fields = msgpack.unpackb(body)
+            if kind == _KIND_OF[Head]:
+                self._marked_before = fields.pop()
             value: Head | Entry = _TYPE_OF[kind](*fields)
-        except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException):
+        except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException):
             raise self._damaged(position, "a record is none that this version knows") from None
-        if len(fields) != len(value.__slots__) or not _is_sound(value):
+        if len(fields) != len(value.__slots__) or not _is_sound(value) or not _is_number(self._marked_before):
             raise self._damaged(position, f"{type(value).__name__} has a value that cannot be")
         return value
 

@@ -78,6 +78,7 @@ def _dirty(contents: dirty_log.Contents) -> dict[str, Any]:
         "volume_id": head.volume_id,
         "number": head.number,
         "base": head.base,
+        "marked": contents.marked,
         "new_from": f"{head.new_from:#x}",
         "complete": head.complete,
         "size_bytes": contents.size_bytes,

@@ -30,6 +30,7 @@ from mirrorfs.errors import (
     ProtocolError,
 )
 from mirrorfs.fuse_ops import FuseOperations
+from mirrorfs.housekeeping import keep_house
 from mirrorfs.keeper import Keeper
 from mirrorfs.lost import LostStore
 from mirrorfs.pausing import Pausing
@@ -246,6 +247,8 @@ class Node:
             discard_local_data=self.discard_local_data,
             dirty=self.activity.dirty.head,
             resume=self.pausing.wants_resume,
+            marked=self.activity.marked,
+            peer_marked=self.tree.notes.peer_marked,
         )
 
     async def _visit(self, connection: socket.socket, host: str) -> None:
@@ -392,7 +395,7 @@ class Node:
                 await self.role_changed.wait()
                 continue
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(primary.run)
+                nursery.start_soon(keep_house, primary, self.config.replication.checkpoint_interval_s)
                 while self.primary is primary:
                     await self.role_changed.wait()
                 nursery.cancel_scope.cancel()

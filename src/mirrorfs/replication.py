@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 #: Changes wait while more than this is on its way to a node that is being brought in sync.
 _MAX_QUEUED_BYTES: Final = 32 << 20
-_SETTLE_INTERVAL_S: Final = 0.1
 
 
 class Primary:
@@ -59,6 +58,7 @@ class Primary:
         self.tree = tree
         self.keeper = keeper
         self.activity = activity
+        activity.on_marked = self._tell_marked
         self._marking = Marking(tree, activity, self._admitted)
         self.mode = Mode.ALONE
         self.stream: Stream | None = None
@@ -337,37 +337,10 @@ class Primary:
         stream = self.stream
         return not self._times and (stream is None or stream.acknowledged == stream.sent)
 
-    async def run(self) -> None:
-        """The housekeeping of a primary: times, ids, checkpoints."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._checkpoint_often)
-            while True:
-                await trio.sleep(_SETTLE_INTERVAL_S)
-                if self.mode in (Mode.MIRRORED, Mode.ALONE):
-                    self.settle_all()
-                await self.keeper.reserve_ahead()
-                await self.activity.flush()
+    # ---- checkpoints and marks
 
-    # ---- checkpoints
-
-    async def _checkpoint_often(self) -> None:
-        while True:
-            await trio.sleep(self._settings.checkpoint_interval_s)
-            dirty = self.activity.dirty
-            if self.mode is Mode.MIRRORED and self.stream is not None and (dirty.now or dirty.old):
-                stream = self.stream
-                if await self._checkpoint(stream):
-                    stream.put(ops.Checkpointed(self.activity.dirty.head.number))
-            elif isinstance(self.copier, CatchUp) and self.copier.live:
-                await self._checkpoint_within(self.copier)
-
-    async def _checkpoint_within(self, copier: CatchUp) -> None:
-        """Should the resync end early, what it has brought over so far need not be brought again."""
-        if copier.brought.begin_checkpoint() and await self._checkpoint(copier.stream, empties=False):
-            copier.brought.end_checkpoint()
-
-    async def _checkpoint(self, stream: Stream, *, empties: bool = True) -> bool:
-        """False if it did not come about: what is dirty stays so."""
+    async def checkpoint(self, stream: Stream, *, empties: bool = True) -> bool:
+        """Make a checkpoint with the peer; False if it did not come about: what is dirty stays so."""
         self.settle_all()
         self._last_number = max(self.activity.dirty.head.number, self._last_number) + 1
         try:
@@ -376,6 +349,11 @@ class Primary:
             self.disk_failed(error)
             return False
         return done and self._is_present(stream)
+
+    def _tell_marked(self, count: int) -> None:
+        """What is sent from here on may rely on marks that a node which is restored from a snapshot has no more."""
+        if self.stream is not None:
+            self.stream.put(ops.Marked(count))
 
     # ---- the peer comes and goes
 
@@ -387,9 +365,8 @@ class Primary:
         """
         if self.mode not in (Mode.ALONE, Mode.FROZEN) or self.stream is not None:
             raise ProtocolError("FOLLOWING from a node that was not asked to follow")
-        self.stream = stream = Stream(link)
+        stream, introductions = self._begin_stream(link)
         self._last_number = theirs.number
-        self._introductions = introductions = Introductions(self.tree, stream)
         if report is None:
             self.copier = Copier(self.tree, stream, settings=self._resync, note_unsettled=self._times.add)
         else:
@@ -410,9 +387,14 @@ class Primary:
 
     def mirror_to(self, link: Link) -> None:
         """Begin a stream to a peer that has the same tree at this moment and is in the in-sync set."""
+        self._begin_stream(link)
+        self.enter(Mode.MIRRORED)
+
+    def _begin_stream(self, link: Link) -> tuple[Stream, Introductions]:
         self.stream = Stream(link)
         self._introductions = Introductions(self.tree, self.stream)
-        self.enter(Mode.MIRRORED)
+        self._tell_marked(self.activity.marked)
+        return self.stream, self._introductions
 
     async def join(self, peer: Member) -> bool:
         """The copy is complete: make a checkpoint, then let the peer into the in-sync set; False if it was lost meanwhile."""
@@ -420,7 +402,7 @@ class Primary:
         if stream is None or not self._is_present(stream):
             return False
         self._flush_both = True  # what is fsynced from here on is fsynced on both
-        if not await self._checkpoint(stream):
+        if not await self.checkpoint(stream):
             return False
         self.settle_all()
         await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me(), peer}))
@@ -431,6 +413,7 @@ class Primary:
         # From here on every acknowledgement waits for the peer; the peer learns it in the stream, after all it depends on.
         self.copier = None
         self._flush_both = False
+        self.tree.notes.peer_marked = 0  # what it knew before is here; it may be a new node, which begins to count
         self._introductions = Introductions(self.tree, stream)
         self.enter(Mode.MIRRORED)
         return True

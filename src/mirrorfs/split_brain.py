@@ -16,7 +16,7 @@ from mirrorfs import errors
 from mirrorfs.core import differences, wire
 from mirrorfs.core.differences import Side
 from mirrorfs.core.dirty import Generation, Head, first_new, is_quick
-from mirrorfs.core.epochs import Epoch, since_fork
+from mirrorfs.core.epochs import Epoch, since_fork, who_forgot
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.divergence import Finder, Sight, look_at, sights
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, ProtocolError, UsageError
@@ -158,7 +158,7 @@ class SplitBrain:
             raise MirrorfsError("there is no split brain, as far as this node knows: `mirrorfs status` says what there is")
         link, peer = self._require_link()
         answer: dict[str, Any] = {"split_brain": node.split_brain, "sides": self.sides(), "complete": True, "note": ""}
-        if not is_quick(node.activity.dirty.head, peer.dirty):
+        if not is_quick(node.activity.dirty.head, peer.dirty) or who_forgot(node.hello(), peer):
             answer["complete"] = False
             answer["note"] = (
                 "which files differ is not known: one of the nodes was promoted by force or set back, or its journal was lost. "

@@ -101,6 +101,8 @@ class Standby:
                     self._start_flush(operation, frame.sequence)
                 case ops.Compare():
                     self._start_compare(operation, frame.sequence)
+                case ops.Marked():
+                    self.tree.notes.peer_marked = operation.number
                 case ops.Checkpointed():
                     self._activity.cleared(operation.number, self._new_from)
                     self._nursery.start_soon(self._save_activity)
@@ -194,7 +196,7 @@ class Standby:
     def _start_flush(self, operation: ops.Flush, sequence: int) -> None:
         if isinstance(operation, ops.Checkpoint):
             self._new_from = operation.new_from
-            self.tree.note_checkpoint(operation.number)
+            self.tree.notes.checkpoint = operation.number
             self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None, operation.number)
             return
         known = self.tree.table.find(operation.file)

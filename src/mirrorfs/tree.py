@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from mirrorfs import backing, search
+from mirrorfs import backing, notes, search
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.table import Known, Table
@@ -23,9 +23,7 @@ from mirrorfs.table import Known, Table
 log = logging.getLogger(__name__)
 
 ID_XATTR: Final = "trusted.mirrorfs"
-#: Of the root: the last checkpoint that this tree is, or is about to be, at.
-CHECKPOINT_XATTR: Final = "trusted.mirrorfs.checkpoint"
-_OWN_XATTRS: Final = (ID_XATTR, CHECKPOINT_XATTR)
+_OWN_XATTRS: Final = (ID_XATTR, *notes.NAMES)
 _ID: Final = struct.Struct("<16sQQ")
 _O_LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL: Final = stat.S_ISUID | stat.S_ISGID
@@ -69,6 +67,7 @@ class Tree:
         self.new_id: Callable[[], int | None] = no_new_ids
         self.on_found: Callable[[int, bytes], None] = no_finder
         self.table = Table(root)
+        self.notes = notes.Notes(root)
         self._apply: dict[type, Callable[[Any], Any]] = {
             ops.Write: self._write,
             ops.MakeNode: self._make_node,
@@ -101,21 +100,9 @@ class Tree:
         return noted == volume
 
     @property
-    def checkpoint(self) -> int:
-        """The number of the last checkpoint that was noted in the root, 0 if none was."""
-        try:
-            return int(os.getxattr(self._root, CHECKPOINT_XATTR))
-        except (OSError, ValueError):
-            return 0
-
-    @property
     def root(self) -> int:
         """The descriptor of its root directory."""
         return self._root
-
-    def note_checkpoint(self, number: int) -> None:
-        """Note a checkpoint in the root, just before the sync that makes it one."""
-        os.setxattr(self._root, CHECKPOINT_XATTR, b"%d" % number)
 
     @property
     def is_empty(self) -> bool:

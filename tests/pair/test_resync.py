@@ -14,7 +14,7 @@ import pytest
 
 from mirrorfs.lab.disks import PowerDisks
 from mirrorfs.lab.pair import Host, Lab, wait_for
-from tests.pair.support import NewLines, start_mirrored, state, status, tree_differences, wait_state
+from tests.pair.support import NewLines, start_mirrored, state, status, tree_differences, wait_peer_lost, wait_state
 
 pytestmark = pytest.mark.root
 
@@ -314,6 +314,31 @@ def test_a_node_that_was_restored_from_a_snapshot_is_copied_to_in_full(checkpoin
     assert any("by a full copy" in line for line in lines())
     assert (lab.two.mount / "file").read_text() == "newest"
     assert tree_differences(lab) == []
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
+def test_a_primary_that_was_restored_from_a_snapshot_of_after_its_last_checkpoint_is_copied_to_in_full(
+    lab: Lab, tmp_path: Path
+) -> None:
+    (lab.one.mount / "directory").mkdir()
+    (lab.one.mount / "directory" / "file").write_text("old")
+    _alone(lab)
+    _return(lab)  # with a checkpoint, and none comes after it
+    for name, source in (("tree", lab.one.backing), ("state", lab.one.state_dir)):
+        subprocess.run(["rsync", "-aHAX", f"{source}/", f"{tmp_path}/{name}/"], check=True)
+    (lab.one.mount / "directory" / "file").write_text("new")
+    lab.one.kill()
+    wait_peer_lost(lab.two)
+    lab.two.promote(yes=True)
+    _rewind(lab.one, tmp_path)
+    lines = NewLines(lab.two)
+    lab.one.start()
+    lab.wait_mirrored()
+    said = lines()
+    assert any("one was set back" in line for line in said)
+    assert any("by a full copy" in line for line in said)
+    assert tree_differences(lab) == []
+    assert (lab.two.mount / "directory" / "file").read_text() == "new"
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")

@@ -8,16 +8,15 @@ from unittest import mock
 
 import trio
 
-from mirrorfs import replication
 from mirrorfs.activity import Activity
-from mirrorfs.core import operations as ops
 from mirrorfs.core.epochs import Epoch, Member
 from mirrorfs.core.modes import Mode
 from mirrorfs.keeper import Keeper
+from mirrorfs.notes import Notes
 from mirrorfs.replication import Primary
 from mirrorfs.resync.quick import CatchUp
+from mirrorfs.standby import Standby
 from mirrorfs.stream import Stream
-from mirrorfs.tree import Tree
 from tests.sim import random_run
 from tests.sim.machine import Machine
 from tests.sim.scenarios import SCENARIOS
@@ -37,20 +36,16 @@ def _acknowledging_before_the_peer() -> Iterator[tuple[Any, str, Any]]:
 
 
 def _dropping_the_dirty_generation_before_both_syncs() -> Iterator[tuple[Any, str, Any]]:
-    async def make_checkpoint(
-        stream: Stream, tree: Tree, activity: Activity, keeper: Keeper, number: int, *, empties: bool = True
-    ) -> bool:
-        dirty = activity.dirty
-        new_from = keeper.next_id() if empties else dirty.head.new_from
-        if empties:
-            dirty.cut(new_from)
-        tree.note_checkpoint(number)
-        sequence = stream.put_flush(ops.Checkpoint(number, new_from))
-        await activity.checkpointed(number, keeper.record.volume_id, empties=empties)
-        await trio.to_thread.run_sync(tree.syncfs)
-        return await stream.flushed(sequence) and not stream.broken
+    flush = Standby._flush
 
-    yield replication, "make_checkpoint", make_checkpoint
+    async def hasty(
+        standby: Standby, sequence: int, sync: Callable[[], None], done: Callable[[], None] | None, checkpoint: int = 0
+    ) -> None:
+        await flush(standby, sequence, (lambda: None) if checkpoint else sync, done, checkpoint)
+        if checkpoint:
+            await trio.to_thread.run_sync(sync)
+
+    yield Standby, "_flush", hasty
 
 
 def _making_no_durable_mark() -> Iterator[tuple[Any, str, Any]]:
@@ -90,7 +85,7 @@ def _joining_without_a_checkpoint() -> Iterator[tuple[Any, str, Any]]:
         async def no_checkpoint(*_: Any, **__: Any) -> bool:
             return True
 
-        with mock.patch.object(Primary, "_checkpoint", no_checkpoint):
+        with mock.patch.object(Primary, "checkpoint", no_checkpoint):
             return await join(primary, peer)
 
     yield Primary, "join", hasty
@@ -98,6 +93,10 @@ def _joining_without_a_checkpoint() -> Iterator[tuple[Any, str, Any]]:
 
 def _taking_housekeeping_for_a_change() -> Iterator[tuple[Any, str, Any]]:
     yield Stream, "awaited", property(lambda stream: stream.sent > stream.acknowledged)
+
+
+def _not_counting_the_marks_of_the_peer() -> Iterator[tuple[Any, str, Any]]:
+    yield Notes, "peer_marked", property(lambda notes: 0, lambda notes, count: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +131,9 @@ MUTATIONS: Final = {
     "trusting a rebooted member": Mutation(_trusting_a_rebooted_member),
     "placing without gathering": Mutation(_placing_without_gathering),
     "joining without a checkpoint": Mutation(_joining_without_a_checkpoint),
+    "not counting the marks of the peer": Mutation(
+        _not_counting_the_marks_of_the_peer, "a_primary_is_restored_from_a_snapshot_of_after_its_last_checkpoint"
+    ),
     "taking housekeeping for a change": Mutation(
         _taking_housekeeping_for_a_change, "the_link_breaks_when_only_housekeeping_is_under_way"
     ),

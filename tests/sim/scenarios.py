@@ -91,6 +91,7 @@ async def power_is_lost_in_the_middle_of_a_checkpoint(world: World) -> None:
     pair = Pair(world)
     await pair.up()
     await pair.write_for(1)
+    await pair.checkpoint()
     victim = world.dice.choice((pair.a, pair.b))
     victim.traps["call:syncfs"] = "power"
     await pair.write_for(1)
@@ -197,6 +198,27 @@ async def a_node_is_restored_from_a_snapshot(world: World) -> None:
         await pair.solo(pair.a)
         await pair.write_for(0.5)
     await pair.b.start()
+    await pair.make_whole()
+    await pair.quiet()
+
+
+async def a_primary_is_restored_from_a_snapshot_of_after_its_last_checkpoint(world: World) -> None:
+    """What it did since as a primary is marked in no journal any more; the other node knows that there were more marks."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    snapshot = pair.a.snapshot()
+    await application.file(b"y", b"f")
+    pair.a.crash()
+    pair.a.restore(snapshot, state=True)
+    await pair.fail_over(pair.b)
+    application.use(pair.b)
+    if world.dice.random() < 0.5:
+        await application.file(b"z", b"g")
+    if world.dice.random() < 0.5:
+        pair.b.crash()
+        await pair.b.start()
+        await pair.promote(pair.b)
+    await pair.a.start()
     await pair.make_whole()
     await pair.quiet()
 
@@ -324,6 +346,7 @@ SCENARIOS: Final[dict[str, Story]] = {
         two_forks_have_the_same_epoch_number,
         a_file_is_copied_underneath_with_its_id,
         a_node_is_restored_from_a_snapshot,
+        a_primary_is_restored_from_a_snapshot_of_after_its_last_checkpoint,
         a_promotion_is_forced_past_a_node_that_comes_back,
         a_directory_is_set_aside_when_a_resync_breaks_off,
         a_file_loses_the_name_by_which_its_last_writer_knows_it,

@@ -81,7 +81,7 @@ def header(version: int = dirty_log.VERSION) -> bytes:
     return start + struct.pack("<I", crc32(start))
 
 
-HEAD_RECORD = sealed(msgpack.packb([1, "0f" * 16, 7, 5, 3, True]))
+HEAD_RECORD = sealed(msgpack.packb([1, "0f" * 16, 7, 5, 3, True, 0]))
 
 
 # ---- what was written is loaded
@@ -112,6 +112,25 @@ def test_a_log_without_a_volume_yet_can_be_written(tmp_path: Path) -> None:
     log.rewrite(Head(), [])
     log.close()
     assert loaded(tmp_path) == (Head(), [])
+
+
+def test_marks_are_counted_over_appends_reloads_and_logs_that_are_written_afresh(tmp_path: Path) -> None:
+    log = DirtyLog(tmp_path)
+    log.rewrite(HEAD, ENTRIES)
+    log.append([Names(9), Names(10)])
+    assert log.marked == len(ENTRIES) + 2
+    log.close()
+    log = DirtyLog(tmp_path)
+    log.load()
+    assert log.marked == len(ENTRIES) + 2
+    log.rewrite(NEWER, [Names(9)])
+    assert log.marked == len(ENTRIES) + 3
+    log.rewrite(NEWER, [])
+    log.append([Names(9)])
+    log.close()
+    contents = dirty_log.read(log.path)
+    assert contents is not None
+    assert contents.marked == log.marked == len(ENTRIES) + 4
 
 
 def test_what_is_appended_after_a_reload_stands_behind_the_rest(tmp_path: Path) -> None:
@@ -465,13 +484,16 @@ def test_a_record_that_says_nonsense_is_damage_although_its_checksum_is_right(tm
     "fields",
     [
         [2, 1],
-        [1, "", 0, 0, 0],
-        [1, b"", 0, 0, 0, True],
-        [1, "", -1, 0, 0, True],
-        [1, "", 0, 1.5, 0, True],
-        [1, "", 0, 0, 1 << 63, True],
-        [1, "", 0, 0, 0, 1],
-        [1, "", 0, 0, 0, True, 0],
+        [1],
+        [1, "", 0, 0, 0, True],
+        [1, b"", 0, 0, 0, True, 0],
+        [1, "", -1, 0, 0, True, 0],
+        [1, "", 0, 1.5, 0, True, 0],
+        [1, "", 0, 0, 1 << 63, True, 0],
+        [1, "", 0, 0, 0, 1, 0],
+        [1, "", 0, 0, 0, True, -1],
+        [1, "", 0, 0, 0, True, b""],
+        [1, "", 0, 0, 0, True, 0, 0],
     ],
 )
 def test_a_head_that_is_none_is_damage(tmp_path: Path, fields: list[object]) -> None:

@@ -476,3 +476,24 @@ def test_a_record_from_before_histories_could_be_given_up_is_still_read() -> Non
     assert epochs.unpack_record(packed) == one.record
     given_up = one.record.yielding("two", "given up")
     assert epochs.unpack_record(epochs.pack_record(given_up)) == given_up
+
+
+# ---- who was set back
+
+
+def test_a_node_with_fewer_marks_than_the_other_knows_of_was_set_back() -> None:
+    one, two = (node.hello() for node in mirrored())
+    assert epochs.who_forgot(replace(one, marked=7), replace(two, peer_marked=7)) == ""
+    for left, right in (
+        (replace(one, marked=6), replace(two, peer_marked=7)),
+        (replace(two, peer_marked=7), replace(one, marked=6)),
+    ):
+        assert epochs.who_forgot(left, right) == "one"
+    assert epochs.who_forgot(replace(one, peer_marked=1), two) == "two"
+
+
+def test_a_count_of_marks_makes_no_other_node_of_one() -> None:
+    one, _ = (node.hello() for node in mirrored())
+    assert replace(one, marked=7, peer_marked=3) == one
+    packed = epochs.unpack_hello(epochs.pack_hello(replace(one, marked=7, peer_marked=3)))
+    assert (packed.marked, packed.peer_marked) == (7, 3)

@@ -207,6 +207,7 @@ _SOUND: dict[type, ops.Operation] = {
         ops.Sync(5, False),
         ops.Checkpoint(7, 1 << 40),
         ops.Checkpointed(7),
+        ops.Marked(1 << 40),
         ops.ListNames(5, b"name"),
         ops.Look(5, ((b"name", 6), (b"gone", 0))),
         ops.Digest(5, ((b"name", 6), (b"other", 7)), 0, 1 << 20),
@@ -354,7 +355,7 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
 
 def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 3, 0, 0)
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 4, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +363,8 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     [
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
-        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 3"),
-        (struct.pack("<8sHHI", b"mirrorfs", 3, 3, 0), "protection 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 4"),
+        (struct.pack("<8sHHI", b"mirrorfs", 4, 3, 0), "protection 3"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:

@@ -9,7 +9,7 @@ A member of the in-sync set is a node *and its boot*: a node that was restarted 
 fsynced, and is not as good as one that was not.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -104,7 +104,11 @@ _NOTHING = Head()
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a node says of itself when it meets another; `resume` asks that one to end its pause."""
+    """What a node says of itself when it meets another; `resume` asks that one to end its pause.
+
+    `marked` counts the marks that the node has written, `peer_marked` those that it knows the other one had written. Both grow
+    while it is said, and make no other node of it.
+    """
 
     volume: str
     node: str
@@ -115,6 +119,8 @@ class Hello:
     discard_local_data: bool
     dirty: Head = _NOTHING
     resume: bool = False
+    marked: int = field(default=0, compare=False)
+    peer_marked: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,15 @@ class Refuse:
 
 
 Verdict = Resume | Wait | SplitBrain | Refuse
+
+
+def who_forgot(left: Hello, right: Hello) -> str:
+    """The node that has written fewer marks than the other one knows of: its journal is older than what it did as a primary. ""
+    if neither has."""
+    for one, other in ((left, right), (right, left)):
+        if one.marked < other.peer_marked:
+            return one.node
+    return ""
 
 
 def meet(left: Hello, right: Hello) -> Verdict:
@@ -451,6 +466,8 @@ def pack_hello(hello: Hello) -> dict[str, Any]:
         "discard_local_data": hello.discard_local_data,
         "dirty": [hello.dirty.volume_id, hello.dirty.number, hello.dirty.base, hello.dirty.new_from, hello.dirty.complete],
         "resume": hello.resume,
+        "marked": hello.marked,
+        "peer_marked": hello.peer_marked,
     }
 
 
@@ -466,6 +483,8 @@ def unpack_hello(data: dict[str, Any]) -> Hello:
         discard_local_data=bool(data["discard_local_data"]),
         dirty=_unpack_head(data["dirty"]),
         resume=bool(data.get("resume")),
+        marked=int(data["marked"]),
+        peer_marked=int(data["peer_marked"]),
     )
 
 

@@ -5,7 +5,7 @@ nothing left to the node that applies it: owners, final modes and the new file's
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, get_args
 
@@ -263,6 +263,13 @@ class Checkpointed:
 
 
 @dataclass(frozen=True, slots=True)
+class Marked:
+    """The primary has written `number` marks so far; what comes after it on the stream may rely on all of them."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class ListNames:
     """Verify: tell the names in a directory that come after `after`; the answer is not in the order of the stream."""
 
@@ -363,127 +370,16 @@ Copy = Entry | CopyData | Vanish | DirectoryDone
 CatchUp = Gather | Gathered | Whole | NamesEqual | Refresh | CopyHole | Compare
 Flush = Sync | Checkpoint
 Question = ListNames | Look | Digest | Fetch | Describe | Keep | Mend | MendAttributes
-Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Question | Forget
+Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Marked | Question | Forget
 
 
 #: Of `Rename.flags`, as in renameat2(2).
 RENAME_EXCHANGE: Final = 2
 
-_MAX: Final = (1 << 63) - 1
-
-Check = Callable[[object], bool]
-
 
 def values(operation: Operation) -> tuple[Any, ...]:
     """The fields of an operation, in their order."""
     return _VALUES[type(operation)](operation)
-
-
-def check(operation: Operation) -> None:
-    """Raise ValueError unless the operation can mean something: ids, names and numbers as a primary sends them.
-
-    A name that is more than a name would lead out of the tree.
-    """
-    if isinstance(operation, Entry) and (operation.file, operation.parent, operation.name) == (1, 0, b""):
-        operation = replace(operation, parent=1, name=b"root")  # the root has neither
-    for (name, is_sound), value in zip(_CHECKS[type(operation)], values(operation), strict=True):
-        if not is_sound(value):
-            raise ValueError(f"{name} {value!r}"[:100])
-
-
-def _is_id(value: object) -> bool:
-    return type(value) is int and 1 <= value <= _MAX
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX
-
-
-def _is_time(value: object) -> bool:
-    return type(value) is int and -_MAX <= value <= 2 * _MAX
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is bool
-
-
-def _is_bytes(value: object) -> bool:
-    return type(value) is bytes
-
-
-def is_name(value: object) -> bool:
-    """Whether this can be a name in a directory: one that is more would lead out of the tree."""
-    return (
-        type(value) is bytes
-        and 0 < len(value) <= 255
-        and b"/" not in value
-        and b"\0" not in value
-        and value not in (b".", b"..")
-    )
-
-
-def _is_xattr_name(value: object) -> bool:
-    return type(value) is bytes and 0 < len(value) <= 255 and b"\0" not in value
-
-
-def _is_entry(value: object) -> bool:
-    return value == b"" or is_name(value)
-
-
-def _is_path(value: object) -> bool:
-    return type(value) is bytes and (value == b"" or all(map(is_name, value.split(b"/"))))
-
-
-def _are_pairs(first: Check, second: Check) -> Check:
-    def are_sound(value: object) -> bool:
-        return type(value) is tuple and all(
-            type(pair) is tuple and len(pair) == 2 and first(pair[0]) and second(pair[1]) for pair in value
-        )
-
-    return are_sound
-
-
-_are_xattrs: Final = _are_pairs(_is_xattr_name, _is_bytes)
-
-
-def _are_files(value: object) -> bool:
-    if type(value) is not tuple:
-        return False
-    for file in value:
-        if type(file) is not WholeFile:
-            return False
-        name, number, mode, uid, gid, mtime_ns, xattrs, data = file
-        if not (is_name(name) and _is_id(number) and _is_number(mode) and _is_number(uid) and _is_number(gid)):
-            return False
-        if not (_is_time(mtime_ns) and (xattrs == () or _are_xattrs(xattrs)) and type(data) is bytes):
-            return False
-    return True
-
-
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-_CHECK_OF: Final[dict[str, Check]] = {
-    **dict.fromkeys(("file", "parent", "new_parent", "directory"), _is_id),
-    **dict.fromkeys(("mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset"), _is_number),
-    **dict.fromkeys(("atime_ns", "mtime_ns"), _is_time),
-    **dict.fromkeys(("data_only", "gone", "complete", "last"), _is_flag),
-    **dict.fromkeys(("name", "new_name"), is_name),
-    "entry": _is_entry,
-    "path": _is_path,
-    "ranges": _are_pairs(_is_number, _is_number),
-    "xattrs": _are_xattrs,
-    "names": _are_pairs(is_name, _is_number),
-    "files": _are_files,
-}
-
-
-def _check_of(operation: type, field: str) -> Check:
-    if operation in (SetXattr, RemoveXattr) and field == "name":
-        return _is_xattr_name
-    check = _CHECK_OF.get(field, _is_bytes)
-    return _or_none(check) if operation is SetAttributes and field != "file" else check
 
 
 def _getter(operation: type) -> Callable[[Any], tuple[Any, ...]]:
@@ -493,6 +389,5 @@ def _getter(operation: type) -> Callable[[Any], tuple[Any, ...]]:
     return lambda value: tuple(getattr(value, name) for name in names)
 
 
-_KINDS: Final = get_args(Operation)
-_VALUES: Final = {kind: _getter(kind) for kind in _KINDS}
-_CHECKS: Final = {kind: [(field.name, _check_of(kind, field.name)) for field in fields(kind)] for kind in _KINDS}
+KINDS: Final = get_args(Operation)
+_VALUES: Final = {kind: _getter(kind) for kind in KINDS}

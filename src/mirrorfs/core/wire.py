@@ -14,10 +14,11 @@ from zlib import crc32
 import msgpack
 
 from mirrorfs.core import operations as ops
+from mirrorfs.core import soundness
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 3
+VERSION: Final = 4
 #: How the bytes after the preamble are protected; 0 is not at all.
 SECURITY_NONE: Final = 0
 PREAMBLE: Final = struct.Struct("<8sHHI")
@@ -83,6 +84,7 @@ class Kind(IntEnum):
     SYNC = 64
     CHECKPOINT = 65
     CHECKPOINTED = 66
+    MARKED = 67
     LIST_NAMES = 72
     LOOK = 73
     DIGEST = 74
@@ -120,6 +122,7 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.Sync: Kind.SYNC,
     ops.Checkpoint: Kind.CHECKPOINT,
     ops.Checkpointed: Kind.CHECKPOINTED,
+    ops.Marked: Kind.MARKED,
     ops.ListNames: Kind.LIST_NAMES,
     ops.Look: Kind.LOOK,
     ops.Digest: Kind.DIGEST,
@@ -196,7 +199,7 @@ def decode_operation(frame: Frame) -> ops.Operation:
             directory, files = fields
             fields = (directory, tuple(ops.WholeFile(*file) for file in files))
         result: ops.Operation = operation(*fields)
-        ops.check(result)
+        soundness.check(result)
     except (TypeError, ValueError, IndexError) as error:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
     return result

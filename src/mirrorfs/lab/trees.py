@@ -17,7 +17,7 @@ from pathlib import Path
 _GRAIN = 4096
 _READ_BLOCK = 1 << 20
 _IDENTITY = "trusted.mirrorfs"  # volume (16 bytes), backing inode (8 bytes), id (8 bytes)
-_CHECKPOINT = "trusted.mirrorfs.checkpoint"  # of the root; each node's own
+_NOTES = ("trusted.mirrorfs.checkpoint", "trusted.mirrorfs.peer")  # of the root; each node's own
 _IDENTITY_LENGTH = 32
 _ID_LENGTH = 8
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -223,7 +223,8 @@ def _extended_attributes(directory: int, name: bytes) -> dict[str, bytes]:
     values = {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
     if len(identity := values.get(_IDENTITY, b"")) == _IDENTITY_LENGTH:
         values[_IDENTITY] = identity[-_ID_LENGTH:]
-    values.pop(_CHECKPOINT, None)
+    for note in _NOTES:
+        values.pop(note, None)
     return values
 
 

@@ -10,7 +10,7 @@ from pyroaring import BitMap64
 
 from mirrorfs.core import ids
 from mirrorfs.core.dirty import END, EXTENT, DirtySet, FileMarks, Generation, Located
-from mirrorfs.core.operations import is_name
+from mirrorfs.core.soundness import is_name
 from mirrorfs.core.wire import Frame, message, raw
 from mirrorfs.errors import ProtocolError
 from mirrorfs.search import Hit, find_names
