@@ -298,6 +298,9 @@ class Kernel:
         buffer[: len(data)] = data
         return len(data)
 
+    def posix_fadvise(self, descriptor: int, offset: int, size: int, advice: int) -> None:
+        self._at(descriptor)
+
     def pwrite(self, descriptor: int, data: bytes, offset: int) -> int:
         opened = self._at(descriptor)
         assert opened.flags & os.O_ACCMODE != os.O_RDONLY

@@ -15,7 +15,7 @@ The exact marks are in two generations. `cut` begins a new one; when both nodes 
 No I/O here: who calls makes the marks durable (`cold` says which) before a change, and notes it afterwards.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -157,8 +157,8 @@ class FileMarks:
 class Generation:
     """Exact marks: changed names by directory (None: all of them), changed files."""
 
-    def __init__(self) -> None:
-        self.names: dict[int, set[bytes] | None] = {}
+    def __init__(self, names: Mapping[int, set[bytes] | None] | None = None) -> None:
+        self.names = {directory: None if some is None else set(some) for directory, some in (names or {}).items()}
         self.files: dict[int, FileMarks] = {}
 
     def __bool__(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Final
+from typing import Any, Final
 
 from mirrorfs.core import operations as ops
 
@@ -79,17 +79,37 @@ _are_xattrs: Final = _are_pairs(_is_xattr_name, _is_bytes)
 
 
 def _are_files(value: object) -> bool:
-    if type(value) is not tuple:
+    """Field by field, for all files at once: of the many that come together each costs a part of what `check` would."""
+    if type(value) is not tuple or any(type(file) is not ops.WholeFile for file in value):
         return False
-    for file in value:
-        if type(file) is not ops.WholeFile:
-            return False
-        name, number, mode, uid, gid, mtime_ns, xattrs, data = file
-        if not (is_name(name) and _is_id(number) and _is_number(mode) and _is_number(uid) and _is_number(gid)):
-            return False
-        if not (_is_time(mtime_ns) and (xattrs == () or _are_xattrs(xattrs)) and type(data) is bytes):
-            return False
-    return True
+    if not value:
+        return True
+    names, numbers, modes, uids, gids, times, xattrs, data = zip(*value, strict=True)
+    return (
+        _are_names(names)
+        and _are_within(numbers, 1, _MAX)
+        and _are_within(modes + uids + gids, 0, _MAX)
+        and _are_within(times, -_MAX, 2 * _MAX)
+        and all(given == () or _are_xattrs(given) for given in xattrs)
+        and set(map(type, data)) == {bytes}
+    )
+
+
+def _are_names(values: tuple[Any, ...]) -> bool:
+    if set(map(type, values)) != {bytes}:
+        return False
+    together = b"".join(values)
+    lengths = set(map(len, values))
+    return (
+        min(lengths) > 0
+        and max(lengths) <= 255
+        and not any(bad in together for bad in (b"/", b"\0"))
+        and {b".", b".."}.isdisjoint(values)
+    )
+
+
+def _are_within(values: tuple[Any, ...], least: int, most: int) -> bool:
+    return set(map(type, values)) == {int} and min(values) >= least and max(values) <= most
 
 
 def _or_none(check: Check) -> Check:

@@ -197,7 +197,7 @@ def decode_operation(frame: Frame) -> ops.Operation:
             raise TypeError("its fields are no list")
         if operation is ops.Whole:
             directory, files = fields
-            fields = (directory, tuple(ops.WholeFile(*file) for file in files))
+            fields = (directory, tuple(map(ops.WholeFile._make, files)))
         result: ops.Operation = operation(*fields)
         soundness.check(result)
     except (TypeError, ValueError, IndexError) as error:

@@ -43,8 +43,6 @@ from mirrorfs.tree import Tree
 log = logging.getLogger(__name__)
 
 _NAMES_PER_FRAME: Final = 2000
-_WHOLE_PER_FRAME: Final = 64
-_WHOLE_COST: Final = 256
 _COST_PER_TURN: Final = 256 << 10
 #: No file counts as new.
 _NO_NEW: Final = 1 << 63
@@ -110,35 +108,27 @@ class CatchUp(Sender):
         later."""
         if not self.live:
             return False
-        match change:
-            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
-                return change.file not in self._work.files
-            case _:
-                self._finder.explained.note(change, 0)
-                return True
+        if isinstance(change, ops.Write | ops.SetAttributes | ops.SetXattr | ops.RemoveXattr):
+            return change.file not in self._work.files
+        self._finder.explained.note(change, 0)
+        return True
 
     def note(self, change: ops.Change, old_size: int) -> None:
         """A live change was made that the target is not told of."""
         self._work.note(change, _NO_NEW, old_size)  # new files too: they may have been sent whole
-        match change:
-            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
-                known = self.tree.table.find(change.file)
-                for parent, name in known.names if known is not None else ():
-                    self._finder.note(change.file, parent, name)
-            case _:
-                pass
+        if isinstance(change, ops.Write | ops.SetAttributes | ops.SetXattr | ops.RemoveXattr):
+            known = self.tree.table.find(change.file)
+            for parent, name in known.names if known is not None else ():
+                self._finder.note(change.file, parent, name)
 
     def note_told(self, change: ops.Change) -> None:
         """A live change was made that the target is told of: what it gave a name is found there from now on."""
-        match change:
-            case ops.Link():
+        if isinstance(change, ops.Link):
+            self._note_place(change.parent, change.name)
+        elif isinstance(change, ops.Rename):
+            self._note_place(change.new_parent, change.new_name)
+            if change.flags & ops.RENAME_EXCHANGE:
                 self._note_place(change.parent, change.name)
-            case ops.Rename():
-                self._note_place(change.new_parent, change.new_name)
-                if change.flags & ops.RENAME_EXCHANGE:
-                    self._note_place(change.parent, change.name)
-            case _:
-                pass
 
     def _note_place(self, parent: int, name: bytes) -> None:
         known = self.tree.lookup(parent, name)
@@ -171,7 +161,7 @@ class CatchUp(Sender):
         while True:
             batch, self._work.names = self._work.names, {}
             if batch:
-                self._finder.explained.add(_only_names(batch))
+                self._finder.explained.add(Generation(batch))
                 depths = await self._gather(batch)
                 await self._hint_links()
                 # What the target lacks it says before it acknowledges.
@@ -316,25 +306,47 @@ class CatchUp(Sender):
             await self._place_names(directory, self.tree.names(directory) if names is None else sorted(names))
 
     async def _place_names(self, directory: Known, names: list[bytes]) -> None:
-        """Small new files together, each other one by itself. No await between the look at a file and its `put`."""
-        files, cost, began = list[ops.WholeFile](), 0, trio.current_time()
+        """Small new files that are not in memory after the others, when the disk has brought them."""
+        cold = await self._place_what_is_there(directory, names)
+        for at in range(0, len(cold), whole.READ_AT_ONCE):
+            piece = cold[at : at + whole.READ_AT_ONCE]
+            descriptor = self.tree.table.hold(directory)
+            try:
+                await trio.to_thread.run_sync(whole.bring_into_memory, descriptor, piece)
+            finally:
+                self.tree.table.let_go(directory)
+            await self._place_what_is_there(directory, piece, again=True)
+
+    async def _place_what_is_there(self, directory: Known, names: list[bytes], *, again: bool = False) -> list[bytes]:
+        """Small new files together, each other one by itself; returns small ones not in memory, unless `again`.
+
+        No await between the look at a file and its `put`.
+        """
+        files, cost, began, cold = list[ops.WholeFile](), 0, trio.current_time(), list[bytes]()
         for name in names:
             if directory.gone:
-                return
-            file = self._whole(directory, name)
+                return []
+            try:
+                file = self._whole(directory, name)
+            except BlockingIOError:
+                file = None
+                if not again:
+                    cold.append(name)
+                    continue
             if file is None:
                 self._put_name(directory, name)
                 cost += ENTRY_COST
             else:
                 files.append(file)
-                cost += len(file.data) + _WHOLE_COST
-            is_full = len(files) >= _WHOLE_PER_FRAME or cost >= _COST_PER_TURN
+                cost += len(file.data) + whole.COST
+            is_full = len(files) >= whole.PER_FRAME or cost >= _COST_PER_TURN
             if is_full or trio.current_time() - began > TURN_S:
                 self._put_whole(directory, files)
                 await self.pace(cost)
                 files, cost, began = [], 0, trio.current_time()
         self._put_whole(directory, files)
         await self.pace(cost)
+        return cold
 
     def _whole(self, directory: Known, name: bytes) -> ops.WholeFile | None:
         """A small new file, if it can be placed now."""
@@ -485,9 +497,3 @@ class CatchUp(Sender):
         self.files_done += 1
         self.files_found = self.files_done + len(self._work.files)
         self._let_go()
-
-
-def _only_names(names: dict[int, set[bytes] | None]) -> Generation:
-    generation = Generation()
-    generation.names = {directory: None if some is None else set(some) for directory, some in names.items()}
-    return generation

@@ -186,10 +186,11 @@ class Returning(Maker):
 
     def _whole(self, operation: ops.Whole) -> None:
         directory = self.tree.table.get(operation.directory)
+        given = whole.gives_attributes(self.tree.table.proc(directory))
         for file in operation.files:
             if file.file not in self._here and self.tree.table.find(file.file) is None:
                 with suppress(FileExistsError):
-                    whole.make(self.tree, self.tree.table.descriptor(directory), file)
+                    whole.make(self.tree, self.tree.table.descriptor(directory), file, given_attributes=given)
                     continue
             self._again(operation.directory, file)
 
