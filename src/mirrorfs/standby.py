@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _OPERATIONS: Final = frozenset(wire.OPERATION_OF)
 _FILES_PER_FRAME: Final = 10_000
+#: The disk of a target begins after so much, and not when the checkpoint at the end waits for it.
+_WRITE_BACK_BYTES: Final = 8 << 20
 _LIVE: Final = (*get_args(ops.Change), ops.Introduce)
 
 
@@ -62,6 +64,8 @@ class Standby:
         self.target = target
         self.applied = 0
         self.bytes_copied = 0
+        self._bytes_written_back = 0
+        self._is_writing_back = False
         self.failure = ""
         self._keeper = keeper
         self._activity = activity
@@ -127,6 +131,9 @@ class Standby:
                 self.bytes_copied += len(operation.data)
             elif isinstance(operation, ops.Whole):
                 self.bytes_copied += sum(len(file.data) for file in operation.files)
+            if self.bytes_copied - self._bytes_written_back >= _WRITE_BACK_BYTES and not self._is_writing_back:
+                self._is_writing_back, self._bytes_written_back = True, self.bytes_copied
+                self._nursery.start_soon(self._write_back)
         elif not isinstance(operation, _LIVE):
             raise ProtocolError(f"{type(operation).__name__} outside a resync")
         elif isinstance(operation, ops.Write):
@@ -238,6 +245,16 @@ class Standby:
         if checkpoint:
             await self._activity.synced(checkpoint, self._keeper.record.volume_id)
         self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
+
+    async def _write_back(self) -> None:
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.tree.syncfs)
+        except OSError as error:
+            with trio.CancelScope(shield=True):
+                await self.sync_failed(error)
+        finally:
+            self._is_writing_back = False
 
     def _start_compare(self, compare: ops.Compare, sequence: int) -> None:
         known = self.tree.table.get(compare.file)

@@ -186,6 +186,7 @@ class World:
             yield _module(name), "open", kernel.open_stream
         yield _module("keeper"), "boot_id", lambda: ""
         yield _module("table"), "resource", limits
+        yield _module("standby"), "_WRITE_BACK_BYTES", 64 << 10
         yield _module("resync.full"), "Survey", _Survey
         yield _module("session"), "_forget_all", lambda files, cached: None
         yield trio.to_thread, "run_sync", self._in_thread
