@@ -13,7 +13,7 @@ import trio
 
 from mirrorfs.core import ids
 from mirrorfs.node import Node
-from tests.sim.disk import ROOT, Inode
+from tests.sim.disk import BLOCK, ROOT, Inode
 from tests.sim.kernel import running
 from tests.sim.ledger import SECTOR, Found, Key, identity
 from tests.sim.machine import Machine, Process
@@ -278,13 +278,13 @@ class Application:
         record = self._node.keeper.record
         if (sector + count) * SECTOR > place.inode.size:
             changes[("size", place.id)] = (sector + count) * SECTOR
+            # A full disk takes whole blocks of it, and a loss of power may leave it at that.
+            for end in range(place.inode.size - place.inode.size % BLOCK + BLOCK, (sector + count) * SECTOR, BLOCK):
+                self.world.ledger_of(record).begin(self.world.next_operation(), {("size", place.id): end})
 
         async def call() -> None:
             written = await self._mount.write(handle, sector * SECTOR, data)
             if written < len(data):
-                if ("size", place.id) in changes:
-                    end = max(sector * SECTOR + written, place.inode.size)
-                    self.world.ledger_of(record).begin(self.world.next_operation(), {("size", place.id): end})
                 raise pyfuse3.FUSEError(errno.ENOSPC)
 
         return await self.change(f"write {place.id:x} sectors {sector}+{count} {token:x}", changes, call)
