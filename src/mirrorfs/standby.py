@@ -247,14 +247,9 @@ class Standby:
         self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
 
     async def _write_back(self) -> None:
-        try:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.tree.syncfs)
-        except OSError as error:
-            with trio.CancelScope(shield=True):
-                await self.sync_failed(error)
-        finally:
-            self._is_writing_back = False
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.tree.write_back)
+        self._is_writing_back = False
 
     def _start_compare(self, compare: ops.Compare, sequence: int) -> None:
         known = self.tree.table.get(compare.file)

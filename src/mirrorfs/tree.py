@@ -302,6 +302,16 @@ class Tree:
         """Make everything durable; the descriptor is held since the start, so that no writeback error is missed."""
         backing.syncfs(self._root)
 
+    def write_back(self) -> None:
+        """Have the disk begin with what a later `syncfs` would wait for. Errors are left to that one to see: this looks with a
+        descriptor of its own."""
+        with suppress(OSError):
+            descriptor = os.open(_path(self._root), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                backing.syncfs(descriptor)
+            finally:
+                os.close(descriptor)
+
     # ---- changing
 
     def apply(self, change: ops.Change | ops.Introduce) -> Any:
