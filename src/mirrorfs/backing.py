@@ -300,7 +300,7 @@ def _copy_attributes(source: Path, target: Path, before: os.stat_result) -> None
     os.chown(target, before.st_uid, before.st_gid)
     os.chmod(target, stat.S_IMODE(before.st_mode))
     for name in os.listxattr(source):
-        if name != "trusted.mirrorfs":
+        if not name.startswith("trusted.mirrorfs"):
             os.setxattr(target, name, os.getxattr(source, name))
     os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
 

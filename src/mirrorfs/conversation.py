@@ -195,10 +195,11 @@ class Conversation:
                 await node.keeper.begin_alone()
         self._link.streams += 1
         mine, theirs = node.hello(), self._theirs
-        forgot = epochs.who_forgot(mine, theirs)
-        if forgot:
+        self._quick = is_quick(mine.dirty, theirs.dirty) and not theirs.discard_local_data
+        if self._quick and (forgot := epochs.who_forgot(mine, theirs)):
             log.warning("%s was set back, to a snapshot or a backup: what it did since is not in its journal", forgot)
-        self._quick = is_quick(mine.dirty, theirs.dirty) and not forgot and not theirs.discard_local_data
+            self._quick = False
+            await node.activity.distrust()  # should this link end now, the next meeting may not see it any more
         self._link.send_message(Kind.FOLLOW, {"record": epochs.pack_record(node.keeper.record), "quick": self._quick})
 
     async def _copy(self) -> None:

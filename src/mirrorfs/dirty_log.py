@@ -265,6 +265,8 @@ class _Reader:
                 f"{self._path}: written by a newer mirrorfs (format {version}, this one reads up to {VERSION}): "
                 "install that version again"
             )
+        if version < VERSION:
+            raise self._damaged(0, f"it was written by an older mirrorfs (format {version})")
         return int(salt)
 
     def _bytes_at(self, position: int, count_bytes: int) -> bytes:

@@ -379,7 +379,7 @@ class Node:
                 continue
             versions = self.tree.table.unsynced_idle()
             try:
-                await trio.to_thread.run_sync(self.tree.syncfs)
+                await trio.to_thread.run_sync(self.tree.write_back)
             except OSError as error:
                 if self.primary is not None:
                     self.primary.disk_failed(error)

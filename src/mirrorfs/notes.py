@@ -1,7 +1,7 @@
 """What the root of a tree remembers in attributes of its own, hidden by the mount.
 
 They go where the tree goes: a snapshot of it that is put back brings its notes back, and what stands outside does not fit any
-more. None is synced when it is made: it is as durable as the changes beside it.
+more. None is synced when it is made: a checkpoint's syncfs, or the kernel in time, makes it durable.
 """
 
 import os
@@ -29,8 +29,8 @@ class Notes:
 
     @property
     def peer_marked(self) -> int:
-        """How many marks the other node had written when it made the last change that is known here: if it has fewer one day,
-        it has forgotten some."""
+        """How many records of marks the other node had written when it, as the primary, made the last change that is known here;
+        0 when it has joined this one since. If it has fewer one day, it was set back."""
         return self._number(_PEER_MARKED)
 
     @peer_marked.setter

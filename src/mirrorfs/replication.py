@@ -405,6 +405,7 @@ class Primary:
         if not await self.checkpoint(stream):
             return False
         self.settle_all()
+        self.tree.notes.peer_marked = 0  # what it knew before is here; it may be a new node, which begins to count
         await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me(), peer}))
         if not self._is_present(stream):
             if self.mode is not Mode.ENDED:
@@ -413,7 +414,6 @@ class Primary:
         # From here on every acknowledgement waits for the peer; the peer learns it in the stream, after all it depends on.
         self.copier = None
         self._flush_both = False
-        self.tree.notes.peer_marked = 0  # what it knew before is here; it may be a new node, which begins to count
         self._introductions = Introductions(self.tree, stream)
         self.enter(Mode.MIRRORED)
         return True

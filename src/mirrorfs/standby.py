@@ -65,7 +65,7 @@ class Standby:
         self.applied = 0
         self.bytes_copied = 0
         self._bytes_written_back = 0
-        self._is_writing_back = False
+        self._writing_back = trio.Lock()
         self.failure = ""
         self._keeper = keeper
         self._activity = activity
@@ -131,8 +131,8 @@ class Standby:
                 self.bytes_copied += len(operation.data)
             elif isinstance(operation, ops.Whole):
                 self.bytes_copied += sum(len(file.data) for file in operation.files)
-            if self.bytes_copied - self._bytes_written_back >= _WRITE_BACK_BYTES and not self._is_writing_back:
-                self._is_writing_back, self._bytes_written_back = True, self.bytes_copied
+            if self.bytes_copied - self._bytes_written_back >= _WRITE_BACK_BYTES and not self._writing_back.locked():
+                self._bytes_written_back = self.bytes_copied
                 self._nursery.start_soon(self._write_back)
         elif not isinstance(operation, _LIVE):
             raise ProtocolError(f"{type(operation).__name__} outside a resync")
@@ -208,7 +208,7 @@ class Standby:
             return
         known = self.tree.table.find(operation.file)
         if known is None or known.gone:
-            self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None)
+            self._nursery.start_soon(self._flush, sequence, self.tree.write_back, None)
             return
         held = self.tree.table.hold(known)
         if known.is_directory:
@@ -235,6 +235,9 @@ class Standby:
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(sync)
+            if checkpoint:
+                async with self._writing_back:
+                    pass  # what it was told is not told again
         except OSError as error:
             with trio.CancelScope(shield=True):
                 await self.sync_failed(error)
@@ -242,14 +245,19 @@ class Standby:
         finally:
             if done is not None:
                 done()
+        if self.failure:
+            return
         if checkpoint:
             await self._activity.synced(checkpoint, self._keeper.record.volume_id)
         self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
 
     async def _write_back(self) -> None:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self.tree.write_back)
-        self._is_writing_back = False
+        async with self._writing_back:
+            with trio.CancelScope(shield=True):
+                try:
+                    await trio.to_thread.run_sync(self.tree.write_back)
+                except OSError as error:
+                    await self.sync_failed(error)
 
     def _start_compare(self, compare: ops.Compare, sequence: int) -> None:
         known = self.tree.table.get(compare.file)

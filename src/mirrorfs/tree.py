@@ -61,6 +61,7 @@ class Tree:
 
     def __init__(self, root: int) -> None:
         self._root = root
+        self._other_root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
         self._device = os.fstat(root).st_dev
         self._volume = b""
         self._can_ask_for_cached = True
@@ -299,18 +300,13 @@ class Tree:
     # ---- making durable (these wait for the disk: call them from a worker thread with a held descriptor)
 
     def syncfs(self) -> None:
-        """Make everything durable; the descriptor is held since the start, so that no writeback error is missed."""
+        """Make everything durable for a checkpoint; the descriptor is held since the start, so that no error is missed."""
         backing.syncfs(self._root)
 
     def write_back(self) -> None:
-        """Have the disk begin with what a later `syncfs` would wait for. Errors are left to that one to see: this looks with a
-        descriptor of its own."""
-        with suppress(OSError):
-            descriptor = os.open(_path(self._root), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                backing.syncfs(descriptor)
-            finally:
-                os.close(descriptor)
+        """Make everything durable, not for a checkpoint: the kernel tells an error once to each descriptor, and this one leaves
+        that of `syncfs` alone."""
+        backing.syncfs(self._other_root)
 
     # ---- changing
 

@@ -426,6 +426,12 @@ def test_a_damaged_log_can_be_written_afresh(tmp_path: Path) -> None:
     assert loaded(tmp_path) == (HEAD, ENTRIES)
 
 
+def test_a_log_of_an_older_version_is_not_trusted_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "dirty").write_bytes(header(1) + HEAD_RECORD)
+    with pytest.raises(DirtyLogDamagedError, match="older mirrorfs"):
+        DirtyLog(tmp_path).load()
+
+
 def test_a_log_of_a_newer_version_says_that_it_is_one(tmp_path: Path) -> None:
     (tmp_path / "dirty").write_bytes(header(dirty_log.VERSION + 1) + b"whatever")
     with pytest.raises(JournalError, match=r"newer mirrorfs .*install that version again") as caught:

@@ -327,18 +327,17 @@ class CatchUp(Sender):
             if directory.gone:
                 return []
             try:
-                file = self._whole(directory, name)
+                file, is_cold = self._whole(directory, name), False
             except BlockingIOError:
-                file = None
-                if not again:
-                    cold.append(name)
-                    continue
-            if file is None:
-                self._put_name(directory, name)
-                cost += ENTRY_COST
-            else:
+                file, is_cold = None, not again
+            if file is not None:
                 files.append(file)
                 cost += len(file.data) + whole.COST
+            elif is_cold:
+                cold.append(name)
+            else:
+                self._put_name(directory, name)
+                cost += ENTRY_COST
             is_full = len(files) >= whole.PER_FRAME or cost >= _COST_PER_TURN
             if is_full or trio.current_time() - began > TURN_S:
                 self._put_whole(directory, files)

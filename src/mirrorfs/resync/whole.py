@@ -22,7 +22,6 @@ PER_FRAME: Final = 64
 COST: Final = 256
 #: So many are read from the disk at once.
 READ_AT_ONCE: Final = 256
-_DEFAULT_ACL: Final = "system.posix_acl_default"
 _MAX_XATTRS: Final = 16 << 10
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MAKE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -48,7 +47,7 @@ def read(tree: Tree, directory: int, name: bytes, first_new: int) -> WholeFile |
             return None
         data = bytearray(size)
         if size and os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) != size:
-            return None
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         # A block that begins with another byte than zero is no hole.
         if not all(data[::BLOCK]) and os.lseek(descriptor, 0, os.SEEK_HOLE) < size:
             return None
@@ -83,8 +82,9 @@ def bring_into_memory(directory: int, names: list[bytes]) -> None:
 
 
 def gives_attributes(path: str) -> bool:
-    """Whether files that are made in a directory get attributes from it, which the source may not have."""
-    return _DEFAULT_ACL in os.listxattr(path)
+    """Whether files that are made in a directory may get attributes from it (a default ACL, a label), which the source may not
+    have: only a directory with attributes gives any."""
+    return bool(Tree.foreign(os.listxattr(path)))
 
 
 def make(tree: Tree, directory: int, file: WholeFile, *, given_attributes: bool) -> None:
