@@ -29,8 +29,8 @@ class Notes:
 
     @property
     def peer_marked(self) -> int:
-        """How many records of marks the other node had written when it, as the primary, made the last change that is known here;
-        0 when it has joined this one since. If it has fewer one day, it was set back."""
+        """How many records of marks the other node, as the primary, had written at its last change that is known here; 0 if it
+        has joined this one since. If it has fewer one day, it was set back."""
         return self._number(_PEER_MARKED)
 
     @peer_marked.setter
