@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from mirrorfs import dirty_log
 from mirrorfs.errors import ConfirmationNeededError, RefusedError
 from mirrorfs.journal import Journal
 from mirrorfs.lab.disks import PowerDisks
@@ -64,7 +65,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         start_mirrored(lab)
         (lab.one.mount / "base").write_bytes(os.urandom(_BASE_BYTES))
         wait_for(lambda: lab.one.status()["dirty_names"] == 0, "a checkpoint")
+        wait_for(lambda: _new_from(lab.two) == _new_from(lab.one), "the standby knows that the base is not new")
         yield lab
+
+
+def _new_from(host: Host) -> int:
+    """From which id on files may be new, as the log on the host's disk says."""
+    contents = dirty_log.read(host.state_dir / dirty_log.NAME)
+    assert contents is not None
+    return contents.head.new_from
 
 
 @pytest.fixture
