@@ -34,7 +34,8 @@ _HANDLE_BYTES: Final = 128
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 
-# PyDLL keeps the GIL: these calls are short, and giving it up costs more than they take.
+# PyDLL keeps the GIL: for a call that never waits, since giving it up costs more than it takes. A node that waits for its disk
+# and keeps it is taken for lost: its heartbeats come from another thread.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _slow_libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,12 +61,12 @@ def handle_of(descriptor: int) -> bytes:
 
 def open_handle(mount: int, handle: bytes, flags: int) -> int:
     """A descriptor for the file of `handle` on the file system of descriptor `mount`; ESTALE if the file is gone."""
-    return _check(_libc.open_by_handle_at(mount, ctypes.create_string_buffer(handle, len(handle)), flags | os.O_CLOEXEC))
+    return _check(_slow_libc.open_by_handle_at(mount, ctypes.create_string_buffer(handle, len(handle)), flags | os.O_CLOEXEC))
 
 
 def rename2(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:
     """renameat2(2)."""
-    _check(_libc.renameat2(old_directory, old, new_directory, new, flags))
+    _check(_slow_libc.renameat2(old_directory, old, new_directory, new, flags))
 
 
 def punch_hole(descriptor: int, offset: int, size: int) -> None:

@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mirrorfs.journal import Journal
+from mirrorfs.lab.disks import PowerDisks
 from mirrorfs.lab.pair import Host, Lab, wait_for
 from tests.pair.support import (
     Load,
@@ -99,6 +103,54 @@ def test_a_peer_that_stands_still_is_given_up_after_the_ack_timeout(lab: Lab) ->
     lab.two.run("kill", "-CONT", *map(str, lab.two.pids()), check=True)
     lab.wait_mirrored()
     assert (lab.two.mount / "file").read_text() == "acknowledged alone"
+
+
+# ---- a disk that stands still
+
+
+#: In a process of its own: a call that waits for the mount stops whatever shares its GIL.
+_EXCHANGE = (
+    "import os, sys\n"
+    "from mirrorfs import backing\n"
+    "top = os.open(sys.argv[1], os.O_RDONLY)\n"
+    "backing.rename2(top, sys.argv[2].encode(), top, sys.argv[3].encode(), 2)\n"
+)
+_CHANGES: dict[str, Callable[[Path], object]] = {
+    "write": lambda top: (top / "file").write_bytes(b"more"),
+    "make": lambda top: (top / "new").mkdir(),
+    "rename": lambda top: (top / "file").rename(top / "renamed"),
+    "exchange": lambda top: subprocess.run([sys.executable, "-c", _EXCHANGE, top, "file", "other"], check=True),
+    "remove": lambda top: (top / "file").unlink(),
+}
+
+
+def _change_and_tell(change: str, top: Path, done: threading.Event) -> None:
+    _CHANGES[change](top)
+    done.set()
+
+
+@pytest.mark.skipif(shutil.which("mkfs.xfs") is None, reason="needs xfsprogs")
+@pytest.mark.parametrize("change", _CHANGES)
+def test_a_standby_that_waits_for_its_disk_is_not_taken_for_lost(tmp_path: Path, change: str) -> None:
+    with Lab.create(tmp_path / "lab", options={"ack_timeout": "1s"}) as lab:
+        PowerDisks.create(lab)
+        start_mirrored(lab)
+        for name in ("file", "other"):
+            (lab.one.mount / name).write_bytes(b"some")
+        wait_for(lambda: lab.one.status()["settled"], "nothing else is on its way")
+        lines, done = NewLines(lab.one), threading.Event()
+        disk = lab.two.home / "disk"
+        subprocess.run(["fsfreeze", "-f", disk], check=True)
+        try:
+            application = threading.Thread(target=_change_and_tell, args=(change, lab.one.mount, done))
+            application.start()
+            assert not done.wait(2.5), "the standby has answered, with its disk standing still"
+        finally:
+            subprocess.run(["fsfreeze", "-u", disk], check=True)
+        application.join(30)
+        assert done.is_set()
+        assert lines() == [], "it was taken for lost"
+        assert tree_differences(lab) == []
 
 
 # ---- on_peer_loss = "freeze"
