@@ -55,6 +55,8 @@ ORDER = [
     "space",
     "backing",
     "config",
+    "failover_config",
+    "toml_table",
     "core",
     "errors",
     "",

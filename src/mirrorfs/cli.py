@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirrorfs import __version__, control
+from mirrorfs import __version__, control, toml_table
 from mirrorfs import config as configuration
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
@@ -236,7 +236,7 @@ def verify(
     if repair != bool(good):
         raise UsageError("--repair needs --from NODE, whose data is right, and --from needs --repair")
     try:
-        rate_bytes_per_s = configuration.rate_bytes_per_s(rate) if rate else 0
+        rate_bytes_per_s = toml_table.rate_bytes_per_s(rate) if rate else 0
     except ValueError as error:
         raise UsageError(f"--rate: {error}") from None
     loaded = _load(context, config, node)

@@ -163,7 +163,7 @@ class Machine:
 
     def _config(self) -> Config:
         def node(name: str) -> NodeConfig:
-            return NodeConfig(name, name, 1, None, Path("/"), Path("/"))
+            return NodeConfig(name, name, 1, None, Path("/"), Path("/"), Path("/"), (name,))
 
         other = NAMES[1 - NAMES.index(self.name)]
         options = self.world.options

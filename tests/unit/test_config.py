@@ -50,6 +50,8 @@ def test_a_small_file_has_the_documented_defaults(file: Path) -> None:
         backing=None,
         state_dir=Path("/var/lib/mirrorfs/v/one"),
         control=Path("/run/mirrorfs/v-one.sock"),
+        controller=Path("/run/mirrorfs/v-one-controller.sock"),
+        heartbeats=("10.0.0.1",),
     )
     two = config.NodeConfig(
         name="two",
@@ -58,6 +60,8 @@ def test_a_small_file_has_the_documented_defaults(file: Path) -> None:
         backing=None,
         state_dir=Path("/var/lib/mirrorfs/v/two"),
         control=Path("/run/mirrorfs/v-two.sock"),
+        controller=Path("/run/mirrorfs/v-two-controller.sock"),
+        heartbeats=("10.0.0.2",),
     )
     assert loaded(file, TWO) == config.Config(
         file=file, volume="v", node=one, peer=two, replication=config.ReplicationConfig("continue", 2.0, 10.0, 30.0, 10.0)
@@ -108,7 +112,10 @@ def test_every_key_is_read(file: Path) -> None:
         every = "30d"
     """
     found = loaded(file, text, "two")
-    assert found.peer == config.NodeConfig("one.example.org", "one.example.org", 1, Path("/srv/one"), Path("/s"), Path("/c"))
+    name = "one.example.org"
+    assert found.peer == config.NodeConfig(
+        name, name, 1, Path("/srv/one"), Path("/s"), Path("/c"), Path("/run/mirrorfs/v-one.example.org-controller.sock"), (name,)
+    )
     assert found.node.backing == Path("/srv/both")
     assert found.replication == config.ReplicationConfig("freeze", 0.5, 60.0, 5400.0, 60.0)
     assert found.resync == config.ResyncConfig(1.5 * 2**30, "resync")
@@ -177,7 +184,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync, verify)',
+            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync, verify, arbiter, failover, vip, service)',
         ),
         (
             'volume = "v"\n',
