@@ -86,7 +86,7 @@ class Config:
     arbiter: ArbiterConfig = field(default_factory=ArbiterConfig)
     failover: FailoverConfig | None = None
     #: What has to be the same on both nodes, as one text for each key.
-    shared: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def find(explicit: Path | None, directory: Path = DIRECTORY) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from mirrorfs import session
-from mirrorfs.core import epochs, wire
+from mirrorfs.core import epochs, packing, wire
 from mirrorfs.core.dirty import is_quick
 from mirrorfs.core.epochs import Hello, Member, Standing
 from mirrorfs.core.modes import Mode
@@ -200,7 +200,7 @@ class Conversation:
             log.warning("%s was set back, to a snapshot or a backup: what it did since is not in its journal", forgot)
             self._quick = False
             await node.activity.distrust()  # should this link end now, the next meeting may not see it any more
-        self._link.send_message(Kind.FOLLOW, {"record": epochs.pack_record(node.keeper.record), "quick": self._quick})
+        self._link.send_message(Kind.FOLLOW, {"record": packing.pack_record(node.keeper.record), "quick": self._quick})
 
     async def _copy(self) -> None:
         """The other node follows: serve if nobody does, and bring it to the same tree."""
@@ -226,7 +226,7 @@ class Conversation:
             raise
         if not await primary.join(Member(theirs.node, theirs.boot)):
             return
-        self._link.send_message(Kind.JOIN, epochs.pack_record(node.keeper.record))
+        self._link.send_message(Kind.JOIN, packing.pack_record(node.keeper.record))
         took_s = time.monotonic() - started
         log.info(
             "%s: %d files, %d bytes copied, %d bytes compared in %.2f s",

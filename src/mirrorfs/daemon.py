@@ -13,6 +13,7 @@ import trio
 
 from mirrorfs import backing, control
 from mirrorfs.activity import Activity
+from mirrorfs.arbitration import arbiter_of
 from mirrorfs.config import Config
 from mirrorfs.dirty_log import DirtyLog
 from mirrorfs.errors import MirrorfsError, UsageError
@@ -58,7 +59,15 @@ class Daemon:
             raise self._failure
 
     async def _serve(self, nursery: trio.Nursery, discard_local_data: bool) -> None:
-        node = Node(self._config, self._under, self._keeper, self._activity, nursery, discard_local_data=discard_local_data)
+        node = Node(
+            self._config,
+            self._under,
+            self._keeper,
+            self._activity,
+            nursery,
+            discard_local_data=discard_local_data,
+            arbiter=arbiter_of(self._config),
+        )
         self._node = node
         await node.check_tree()
         self._session.mount(node.operations, self._path, self._config.volume)
@@ -71,6 +80,7 @@ class Daemon:
         await self._stop.wait()
         _notify_systemd("STOPPING=1")
         await node.finish()
+        await node.arbitration.aclose()
 
     def _fail(self, error: MirrorfsError) -> None:
         """The node's durable state cannot be written: nothing may be promised any more."""
@@ -96,10 +106,14 @@ class Daemon:
         assert node is not None
         match command:
             case "status":
-                return describe(node)
+                return describe(node) | {"path": str(self._path), "pid": os.getpid()}
             case "promote":
                 return {
-                    "message": await node.promotion.promote(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
+                    "message": await node.promotion.promote(
+                        yes=bool(arguments.get("yes")),
+                        force=bool(arguments.get("force")),
+                        automatic=bool(arguments.get("automatic")),
+                    )
                 }
             case "demote":
                 return {"message": await node.promotion.demote(force=bool(arguments.get("force")))}

@@ -67,5 +67,13 @@ class FrozenError(MirrorfsError):
     errno = errno.EIO
 
 
+class ClaimLostError(MirrorfsError):
+    """The arbiter has granted the next epoch to the other node."""
+
+
+class NoAnswerError(MirrorfsError):
+    """Nobody can say whether this node may go on alone: it must not, and may ask again."""
+
+
 class ControlError(MirrorfsError):
     """The daemon of this node cannot be reached through its control socket."""

@@ -141,7 +141,7 @@ def _check_arbiter(table: Table, arbiter: ArbiterConfig) -> None:
     if not arbiter.endpoints:
         raise table.error("endpoints", 'missing, list them, as in endpoints = ["https://10.0.0.9:2379"]')
     for endpoint in arbiter.endpoints:
-        if not re.fullmatch(r"https?://[^/\s]+", endpoint):
+        if not re.fullmatch(r"https?://[^/\s@]+", endpoint):
             raise table.error("endpoints", f"{shown(endpoint)} is not one, write it as https://HOST:PORT")
     if (arbiter.certificate is None) != (arbiter.key is None):
         raise table.error("key" if arbiter.key is None else "certificate", "missing, a client certificate needs both")

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import msgpack
 
-from mirrorfs.core import epochs
+from mirrorfs.core import epochs, packing
 from mirrorfs.errors import JournalError
 
 MAGIC: Final = b"mirrorfs"
@@ -173,13 +173,13 @@ class Journal:
         if content is None:
             return None
         try:
-            return epochs.unpack_record(content)
+            return packing.unpack_record(content)
         except (KeyError, TypeError, ValueError) as error:
             raise JournalError(f"{self.file}: damaged: {error!r}. {_ADVICE}") from error
 
     def save(self, record: epochs.Record) -> None:
         """Make `record` durable; JournalError if it is not, and then the old one stands or the new one: the node must end."""
-        self._record.save(epochs.pack_record(record))
+        self._record.save(packing.pack_record(record))
 
     def read_place(self) -> str | None:
         """Where the files underneath were when the node last ran; None if it never did."""

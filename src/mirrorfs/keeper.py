@@ -6,16 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from mirrorfs.core import ids
-from mirrorfs.core.epochs import Epoch, Member, Record, Standing
+from mirrorfs.core.epochs import Epoch, Member, Record, Seen, Standing
 from mirrorfs.errors import JournalError
 from mirrorfs.journal import Journal
 
+if TYPE_CHECKING:
+    from mirrorfs.arbitration import Grant
+
 _RESERVE_AHEAD: Final = ids.BLOCK // 4
+#: Tags that were asked for without an answer. An old one is remembered until an epoch is granted.
+_CLAIMS: Final = 16
 
 
 def boot_id() -> str:
@@ -73,16 +78,22 @@ class Keeper:
         volume_id: str = "",
         standing: Standing | None = None,
         paused: bool = False,
+        grant: "Grant | None" = None,
     ) -> Epoch:
         """Begin a new epoch, durably; with `wrote`, changes are acknowledged alone in it from its first moment, and with
         `paused` the other node is kept off from that moment on.
 
-        What this node knows of its own tree stays as it is unless `standing` says otherwise.
+        What this node knows of its own tree stays as it is unless `standing` says otherwise. With a `grant` it is the epoch
+        that the arbiter granted; whatever was asked for before can be granted no more.
         """
 
         def change(record: Record) -> Record:
             number = record.epoch.number + 1 if record.epoch else 1
-            epoch = Epoch(number, os.urandom(8).hex(), primary, in_sync, forced, time.time())
+            tag = os.urandom(8).hex()
+            if grant is not None:
+                number, tag = max(number, grant.number), grant.tag
+                record = replace(record, claims=(), arbiter=grant.seen)
+            epoch = Epoch(number, tag, primary, in_sync, forced, time.time())
             fresh = replace(record, volume_id=record.volume_id or volume_id).begin(epoch)
             if standing is not None:
                 fresh = replace(fresh, standing=standing, reason="", yields_to="")
@@ -99,10 +110,11 @@ class Keeper:
         """Begin an epoch with this node alone in sync, in which it has acknowledged what it has so far."""
         return await self.begin(self._node, frozenset({self.me()}), wrote=self.wrote_alone)
 
-    async def begin_pause(self, *, wrote: bool) -> Epoch:
+    async def begin_pause(self, *, wrote: bool, grant: "Grant | None" = None) -> Epoch:
         """Begin an epoch with this node alone in sync, and keep the other one off: one write, so that neither is without the
         other after a crash."""
-        return await self.begin(self._node, frozenset({self.me()}), wrote=wrote or self.wrote_alone, paused=True)
+        wrote = wrote or self.wrote_alone
+        return await self.begin(self._node, frozenset({self.me()}), wrote=wrote, paused=True, grant=grant)
 
     async def end_pause(self) -> None:
         """The other node may follow again, durably."""
@@ -124,8 +136,25 @@ class Keeper:
                 reason=reason,
                 paused_at=0.0,
                 yields_to="",
+                arbiter=theirs.arbiter or record.arbiter,
             )
         )
+
+    async def note_claim(self, tag: str) -> None:
+        """This node is about to ask the arbiter for the epoch with this tag."""
+        await self._save(
+            lambda record: record if tag in record.claims else replace(record, claims=(*record.claims, tag)[-_CLAIMS:])
+        )
+
+    async def note_arbiter(self, seen: Seen) -> None:
+        """Remember how the arbiter was when it held what is right; that its store has grown since then is not worth a write."""
+
+        def change(record: Record) -> Record:
+            known = record.arbiter
+            is_same = known is not None and (known.cluster, known.key_revision) == (seen.cluster, seen.key_revision)
+            return record if is_same else replace(record, arbiter=seen)
+
+        await self._save(change)
 
     async def yield_to(self, winner: str, reason: str) -> None:
         """Give this node's history up for that of the other: nothing that it acknowledged alone counts any more."""

@@ -18,9 +18,11 @@ import trio
 
 from mirrorfs import backing, session
 from mirrorfs.activity import Activity
+from mirrorfs.arbiter import Arbiter
+from mirrorfs.arbitration import Arbitration
 from mirrorfs.config import Config
 from mirrorfs.conversation import Conversation
-from mirrorfs.core import epochs, pauses
+from mirrorfs.core import epochs, packing, pauses
 from mirrorfs.core.epochs import Hello, Standing
 from mirrorfs.core.modes import Mode
 from mirrorfs.errors import (
@@ -62,6 +64,7 @@ class Node:
         nursery: trio.Nursery,
         *,
         discard_local_data: bool,
+        arbiter: Arbiter | None = None,
     ) -> None:
         self.config = config
         self.keeper = keeper
@@ -93,6 +96,11 @@ class Node:
         self.promotion = Promotion(self)
         self.split = SplitBrain(self)
         self.pausing = Pausing(self)
+        self.arbitration = Arbitration(self, keeper, arbiter)
+        #: Whether this node followed in sync until the link ended, and nothing has happened since.
+        self.lost_in_sync = False
+        #: Keys of the configuration that the other node has otherwise, in words.
+        self.differences: list[str] = []
         self.verifier = Verifier(self, config.node.state_dir)
         self.role_changed = trio.Event()
         self.verdict: epochs.Verdict | None = None
@@ -115,6 +123,12 @@ class Node:
         self.since = time.time()
         log.info("%s: %s", self.state, reason)
         self.announce()
+
+    def frozen(self, reason: str) -> None:
+        """Why writes are frozen."""
+        if self.primary is not None and reason != self.reason:
+            self.primary.loss = reason
+            self.enter(reason)
 
     def explain(self, reason: str) -> None:
         """Why this node is what it is, in more detail than when it became that."""
@@ -197,6 +211,8 @@ class Node:
             disk_failed=self._on_disk_failure,
         )
         self.tree.on_found = primary.found
+        if self.arbitration.is_asked:
+            primary.ask_alone = lambda wrote: self.nursery.start_soon(self._go_on_alone, primary, wrote)
         if mirror_to is not None:
             primary.mirror_to(mirror_to)
         await self.keeper.reserve_ahead()
@@ -204,6 +220,9 @@ class Node:
         self.reign += 1
         self.primary = primary
         self.enter(reason)
+
+    async def _go_on_alone(self, primary: Primary, wrote: bool) -> None:
+        await self.arbitration.go_on_alone(primary, wrote=wrote)
 
     async def stop_leading(self, reason: str) -> None:
         """Not the primary any more, as the record already says; changes that wait are refused, the kernel forgets all."""
@@ -255,7 +274,8 @@ class Node:
         """Serve one connection from greeting to end."""
         mine = self.hello()
         try:
-            content, decoder = await greet(connection, epochs.pack_hello(mine))
+            greeting = packing.pack_hello(mine) | {"settings": dict(self.config.shared)}
+            content, decoder = await greet(connection, greeting)
             theirs = self._recognised(content)
             verdict = epochs.meet(mine, theirs)
         except (ProtocolError, LinkLostError) as error:
@@ -282,6 +302,7 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
+        self.lost_in_sync = False
         self.pausing.on_connected()
         try:
             await Conversation(self, link, verdict, mine, theirs).run()
@@ -301,13 +322,26 @@ class Node:
 
     def _recognised(self, content: dict[str, Any]) -> Hello:
         try:
-            hello = epochs.unpack_hello(content)
+            hello = packing.unpack_hello(content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"a malformed HELLO: {error!r}") from error
         peer = self.config.peer
+        self._compare_settings(hello.node, content.get("settings"))
         if hello.volume == self.config.volume and hello.node not in (self.config.node.name, peer.name if peer else ""):
             raise ProtocolError(f"it says that it is {hello.node!r}, which is no node of {self.config.file}")
         return hello
+
+    def _compare_settings(self, who: str, theirs: object) -> None:
+        """The two files should say the same: what differs is told, and nothing is done by itself while it does."""
+        mine = self.config.shared
+        if not isinstance(theirs, dict) or not mine:
+            return
+        keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        self.differences = [
+            f"{key} is {mine.get(key, 'missing')} here and {theirs.get(key, 'missing')} on {who}" for key in map(str, keys[:10])
+        ]
+        for difference in self.differences:
+            self.tell_once(f"the configuration differs: {difference}")
 
     async def _link_ended(self, reason: str) -> None:
         self.link, self.peer_space, self.peer_progress, self.verdict = None, None, None, None
@@ -322,7 +356,8 @@ class Node:
             if self.primary is primary and before is not primary.mode:
                 self.enter(f"{self.peer_name} was lost: {reason}")
         elif self.standby is not None:
-            failure, self.standby = self.standby.failure, None
+            failure, in_sync, self.standby = self.standby.failure, self.standby.in_sync, None
+            self.lost_in_sync = in_sync and not failure
             self.setbacks += bool(failure)
             self.enter(f"out of sync: {failure}" if failure else f"the primary was lost: {reason}")
 
@@ -341,6 +376,7 @@ class Node:
         nursery.start_soon(self._housekeeping)
         nursery.start_soon(self._sync_idle)
         nursery.start_soon(self.verifier.keep_schedule)
+        nursery.start_soon(self.arbitration.keep_published)
         if peer is None:
             await self._begin_alone()
         elif own.name < peer.name:

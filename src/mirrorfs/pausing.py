@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from mirrorfs.core import epochs
+from mirrorfs.core import epochs, packing
 from mirrorfs.core.epochs import Hello, Standing
 from mirrorfs.core.modes import Mode
 from mirrorfs.core.pauses import Pause, may_serve
 from mirrorfs.core.wire import Kind
-from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, ProtocolError
+from mirrorfs.errors import ClaimLostError, ConfirmationNeededError, MirrorfsError, NoAnswerError, ProtocolError
 from mirrorfs.peer import Link
 
 if TYPE_CHECKING:
@@ -81,9 +81,12 @@ class Pausing:
                 raise MirrorfsError(
                     f"writes are frozen here ({primary.loss}): nothing can be paused until the other node is back"
                 )
+            grant = await node.arbitration.claim() if node.arbitration.decides else None
+            if node.primary is not primary or primary.mode in (Mode.FROZEN, Mode.LOST):
+                raise MirrorfsError(f"{peer} was lost meanwhile: nothing was paused")
             primary.settle_all()
             with trio.CancelScope(shield=True):
-                await node.keeper.begin_pause(wrote=primary.stream is not None and primary.stream.awaited)
+                await node.keeper.begin_pause(wrote=primary.stream is not None and primary.stream.awaited, grant=grant)
             # What was acknowledged while that was written is on both nodes. No await from here to the message.
             if primary.disk_is_bad or node.primary is not primary:
                 raise MirrorfsError(f"this node cannot go on alone: {primary.loss}")
@@ -92,7 +95,7 @@ class Pausing:
             self._confirmed = trio.Event()
             node.peer_joined = False
             if link is not None and in_sync:
-                link.send_message(Kind.PAUSE, epochs.pack_record(node.keeper.record))
+                link.send_message(Kind.PAUSE, packing.pack_record(node.keeper.record))
             node.enter(self.reason)
             if link is None:
                 return self.reason
@@ -194,8 +197,18 @@ class Pausing:
             elif theirs.resume:
                 await self._end(f"resumed by hand on {theirs.node}")
             elif node.primary is None and may_serve(theirs):
-                await node.keeper.begin_alone()
-                await node.lead(self.reason)
+                await self._serve_alone()
+
+    async def _serve_alone(self) -> None:
+        """The paused node was restarted; the other one knows itself behind, and the arbiter does if there is one."""
+        node = self._node
+        try:
+            grant = await node.arbitration.claim() if node.arbitration.decides else None
+        except (ClaimLostError, NoAnswerError) as error:
+            node.explain(f"{self.reason}; it does not serve: {error}")
+            return
+        await node.keeper.begin(node.name, frozenset({node.keeper.me()}), wrote=node.keeper.wrote_alone, grant=grant)
+        await node.lead(self.reason)
 
 
 def in_words(pause: Pause) -> str:

@@ -6,14 +6,23 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from mirrorfs.core import epochs
+from mirrorfs.core import epochs, packing
 from mirrorfs.core.epochs import Member, Standing
 from mirrorfs.core.wire import Kind
-from mirrorfs.errors import ConfirmationNeededError, JournalError, MirrorfsError, ProtocolError, RefusedError
+from mirrorfs.errors import (
+    ClaimLostError,
+    ConfirmationNeededError,
+    JournalError,
+    MirrorfsError,
+    NoAnswerError,
+    ProtocolError,
+    RefusedError,
+)
 from mirrorfs.peer import Link
 from mirrorfs.standby import Standby
 
 if TYPE_CHECKING:
+    from mirrorfs.arbitration import Grant
     from mirrorfs.node import Node
 
 log = logging.getLogger(__name__)
@@ -58,7 +67,7 @@ class Promotion:
             with trio.CancelScope(shield=True):
                 await node.keeper.begin(peer.node, frozenset(members))
                 link.streams += 1
-                link.send_message(Kind.HANDOVER, epochs.pack_record(node.keeper.record))
+                link.send_message(Kind.HANDOVER, packing.pack_record(node.keeper.record))
                 await self._follow_on(link, peer.node, disk_failed=disk_failed)
 
     async def _follow_on(self, link: Link, peer: str, *, disk_failed: bool) -> None:
@@ -99,8 +108,11 @@ class Promotion:
             if not node.peer_joined:
                 link.close("taken over: greeting again")
 
-    async def promote(self, *, yes: bool, force: bool) -> str:
-        """Become the primary on an operator's word; returns what was done, or raises what stands against it."""
+    async def promote(self, *, yes: bool, force: bool, automatic: bool = False) -> str:
+        """Become the primary on an operator's word, or on a controller's (`automatic`): nobody can be asked then.
+
+        Returns what was done, or raises what stands against it.
+        """
         node = self._node
         name = node.config.node.name
         if node.primary is not None:
@@ -110,8 +122,11 @@ class Promotion:
         async with self.lock:
             if node.primary is not None:
                 return f"{name} is the primary already"
-            forced = self._decide(yes=yes, force=force)
+            forced = self._decide(yes=yes, force=force, automatic=automatic)
             new = node.keeper.record.epoch is None
+            grant = None
+            if not new and (automatic or node.arbitration.decides):
+                grant, forced = await self._granted(force=force, forced=forced)
             volume_id = node.keeper.record.volume_id or os.urandom(16).hex()
             node.use_volume(volume_id)
             if forced:
@@ -123,15 +138,30 @@ class Promotion:
                 wrote=node.config.peer is not None,
                 volume_id=volume_id,
                 standing=Standing.IN_SYNC,
+                grant=grant,
             )
-            await node.lead("promoted by force" if forced else "promoted by hand")
+            await node.lead("promoted by force" if forced else "promoted by itself" if automatic else "promoted by hand")
             if node.link is not None:
                 node.link.close("promoted: greeting again")
         epoch = node.keeper.record.epoch
         assert epoch is not None
         return f"{name} is the primary in epoch {epoch.number}" + (" of a new volume" if new else "")
 
-    def _decide(self, *, yes: bool, force: bool) -> bool:
+    async def _granted(self, *, force: bool, forced: bool) -> "tuple[Grant | None, bool]":
+        """What the arbiter says, and whether the promotion is by force then; raises RefusedError if it stands against it."""
+        arbitration = self._node.arbitration
+        try:
+            return await arbitration.claim(force=forced), forced
+        except ClaimLostError as error:
+            if force:
+                return await arbitration.claim(force=True), True
+            raise RefusedError(f"{error}: what it acknowledged is missing here (--force promotes all the same)") from None
+        except NoAnswerError as error:
+            if force:
+                return None, True  # it is claimed as soon as somebody answers
+            raise RefusedError(f"nobody knows whether {self._node.peer_name} went on: {error} (--force promotes)") from None
+
+    def _decide(self, *, yes: bool, force: bool, automatic: bool) -> bool:
         """Raise what stands against a promotion; returns whether it is one by force."""
         node, peer = self._node, self._node.config.peer
         met = node.peer if node.connected and not node.split_brain else None
@@ -147,12 +177,37 @@ class Promotion:
         )
         if isinstance(decision, epochs.Forbidden) and not force:
             raise RefusedError(f"{decision.reason} (--force promotes all the same)")
+        if automatic:
+            if isinstance(decision, epochs.Forbidden) or force:
+                raise RefusedError("by force only on an operator's word")
+            self._check_automatic(decision)
+            return False
         if not (yes or force):
             if node.split_brain:
                 raise ConfirmationNeededError(f"{node.split_brain}; --yes goes on with this node's history")
-            if isinstance(decision, epochs.AskFirst):
+            if isinstance(decision, epochs.AskFirst) and (not node.arbitration.decides or node.keeper.record.epoch is None):
                 raise ConfirmationNeededError(f"{decision.reason} (--yes promotes)")
         return isinstance(decision, epochs.Forbidden)
+
+    def _check_automatic(self, decision: epochs.Allowed | epochs.AskFirst) -> None:
+        """Raise what stands against a promotion that no person answers for."""
+        node = self._node
+        if node.split_brain:
+            raise RefusedError(node.split_brain)
+        if node.keeper.record.epoch is None:
+            raise RefusedError("the volume is new: an operator says which node's files are kept, by `mirrorfs promote` there")
+        if node.keeper.record.paused_at:
+            raise RefusedError(node.pausing.reason)
+        if node.differences:
+            raise RefusedError(
+                f"the nodes do not have the same configuration ({node.differences[0]}): nothing is done by itself"
+            )
+        if node.arbitration.decides:
+            return
+        if not node.config.arbiter.allow_unarbitrated:
+            raise RefusedError("there is no arbiter and allow_unarbitrated is not set: an operator has to promote")
+        if isinstance(decision, epochs.AskFirst) and not node.lost_in_sync:
+            raise RefusedError(f"{decision.reason}; an operator has to promote (`mirrorfs promote --yes`)")
 
     async def _ask_for_handover(self, *, force: bool) -> str:
         node = self._node

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -33,8 +33,10 @@ from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import PartialChangeError, Tree
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from mirrorfs.arbitration import Grant
 
+log = logging.getLogger(__name__)
 #: Changes wait while more than this is on its way to a node that is being brought in sync.
 _MAX_QUEUED_BYTES: Final = 32 << 20
 
@@ -74,6 +76,8 @@ class Primary:
         self._times = Settling(tree, self._tell_times)
         self._flush_both = False
         self.disk_is_bad = False
+        self.ask_alone: Callable[[bool], None] | None = None  # given whether changes are under way; None: it need not ask
+        self.waits_for_grant = False
 
     # ---- what fuse_ops calls
 
@@ -283,6 +287,8 @@ class Primary:
                 self._frozen_at = trio.current_time()
         else:
             self._frozen_at = math.inf
+        if mode is not Mode.FROZEN:
+            self.waits_for_grant = False
         self.mode = mode
         self._changed.set()
         self._changed = trio.Event()
@@ -334,8 +340,7 @@ class Primary:
     @property
     def settled(self) -> bool:
         """Whether the peer has been told all times, and has applied all that was sent."""
-        stream = self.stream
-        return not self._times and (stream is None or stream.acknowledged == stream.sent)
+        return not self._times and (self.stream is None or self.stream.acknowledged == self.stream.sent)
 
     # ---- checkpoints and marks
 
@@ -367,6 +372,8 @@ class Primary:
             raise ProtocolError("FOLLOWING from a node that was not asked to follow")
         stream, introductions = self._begin_stream(link)
         self._last_number = theirs.number
+        if self.waits_for_grant:
+            self.enter(Mode.ALONE)  # the peer has recorded that it follows: nobody else has to be asked
         if report is None:
             self.copier = Copier(self.tree, stream, settings=self._resync, note_unsettled=self._times.add)
         else:
@@ -427,11 +434,11 @@ class Primary:
         counted = self.copier is None  # an acknowledgement needed the peer's
         awaited = self.stream is not None and self.stream.awaited
         if self._end_stream() is not None and counted and self.mode is not Mode.ENDED:
-            await self._go_on_without(reason, wrote=awaited)
-            return
+            return await self._go_on_without(reason, wrote=awaited)
         epoch = self.keeper.record.epoch
         if self.mode is Mode.ALONE and epoch is not None and len(epoch.in_sync) > 1:
             await self.keeper.begin_alone()
+        return None
 
     def _end_stream(self) -> Stream | None:
         stream, self.stream = self.stream, None
@@ -451,14 +458,24 @@ class Primary:
             self.enter(Mode.FROZEN)
             log.warning("the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason)
             return
+        if self.ask_alone is not None:
+            self.enter(Mode.FROZEN)
+            self.waits_for_grant = True
+            self.ask_alone(wrote)
+            return
         self.enter(Mode.LOST)
-        epoch = await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=wrote)
-        log.warning("the peer is lost (%s): going on alone in epoch %d", reason, epoch.number)
-        if self.mode is Mode.LOST:
+        await self.go_on_alone(None, wrote=wrote)
+
+    async def go_on_alone(self, grant: "Grant | None", *, wrote: bool) -> None:
+        """Nobody else goes on: record it, then acknowledge alone; with `wrote`, what was under way is acknowledged by that."""
+        before = self.mode
+        epoch = await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=wrote, grant=grant)
+        log.warning("the peer is lost (%s): going on alone in epoch %d", self.loss, epoch.number)
+        if self.mode is before:
             self.enter(Mode.ALONE)
 
     def part(self) -> None:
-        """Be alone from here on, as the record says already: who waits for the peer is answered, nothing is sent any more."""
+        """Be alone from here on, as the record says already."""
         self._end_stream()
         self.enter(Mode.ALONE)
 

@@ -19,7 +19,8 @@ from mirrorfs.activity import Activity
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
 from mirrorfs.core.dirty import END, Extents, Located
-from mirrorfs.core.epochs import Record, Standing, unpack_record
+from mirrorfs.core.epochs import Record, Standing
+from mirrorfs.core.packing import unpack_record
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import JournalError, LinkLostError, ProtocolError
 from mirrorfs.keeper import Keeper

@@ -26,6 +26,8 @@ def describe(node: Node) -> dict[str, Any]:
         "peer": _peer(node),
         "open_files": node.operations.open_files,
         "verify": node.verifier.describe(),
+        "arbiter": node.arbitration.describe(),
+        "differences": node.differences,
     }
     if node.split_brain:
         status["split_brain"] = node.split_brain

@@ -84,6 +84,11 @@ def status_in_words(found: dict[str, Any]) -> str:
         lines[f"{side['node']} since"] = since(side)
     if (verify := found.get("verify")) and (verify["running"] or verify["last"]):
         lines["verify"] = verify_in_words(verify)
+    if (arbiter := found.get("arbiter")) and arbiter["kind"] != "none":
+        answers = "answers" if arbiter["answers"] else f"DOES NOT ANSWER: {arbiter['why']}"
+        lines["arbiter"] = f"{arbiter['name']}: {answers} (since {arbiter['since']})"
+    for difference in found.get("differences", ()):
+        lines["configuration"] = f"differs: {difference}"
     lines["reason"] = found["reason"]
     width = max(len(name) for name in lines) + 2
     return "\n".join(f"{name:{width}}{'-' if value in (None, '') else value}" for name, value in lines.items())

@@ -11,11 +11,12 @@ from zlib import crc32
 
 import pytest
 
-from mirrorfs.core import epochs, wire
+from mirrorfs.core import packing, wire
 from mirrorfs.core.epochs import Hello, Record
 from mirrorfs.core.wire import Kind
+from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
-from mirrorfs.lab.pair import PORT, Lab, wait_for
+from mirrorfs.lab.pair import Lab, wait_for
 from tests.pair.support import NewLines, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
@@ -38,7 +39,7 @@ _HELLO = Hello("lab", "two", "another boot", Record(), serving=False, empty=True
 
 
 def _hello(hello: Hello) -> bytes:
-    return wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, epochs.pack_hello(hello)))
+    return wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, packing.pack_hello(hello)))
 
 
 def _header(length: int, kind: int) -> bytes:

@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 from pyroute2 import netns
 
-from mirrorfs.core import epochs, ids, wire
+from mirrorfs.core import ids, packing, wire
 from mirrorfs.core import operations as ops
 from mirrorfs.core.epochs import Epoch, Hello, Record
 from mirrorfs.core.wire import Kind
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.journal import Journal
+from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
-from mirrorfs.lab.pair import PORT, Host, Lab, wait_for
+from mirrorfs.lab.pair import Host, Lab, wait_for
 from tests.pair.support import NewLines, state, status, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
@@ -151,7 +152,7 @@ _HELLO = Hello("lab", "two", "another boot", Record(), serving=False, empty=True
 
 
 def _greeting(hello: Hello, **changed: Any) -> bytes:
-    content = epochs.pack_hello(hello)
+    content = packing.pack_hello(hello)
     content["record"] |= changed
     return wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, content))
 
@@ -272,10 +273,10 @@ def test_an_operation_with_a_name_that_leads_out_of_the_tree_ends_the_link_and_t
     with _calling(lab.two, "one") as connection:
         impostor = _Impostor(connection)
         connection.sendall(_greeting(hello))
-        impostor.send(wire.encode_message(Kind.FOLLOW, {"record": epochs.pack_record(record), "quick": False}))
+        impostor.send(wire.encode_message(Kind.FOLLOW, {"record": packing.pack_record(record), "quick": False}))
         impostor.wait(Kind.FOLLOWING)
         if joined:
-            impostor.send(wire.encode_message(Kind.JOIN, epochs.pack_record(record)))
+            impostor.send(wire.encode_message(Kind.JOIN, packing.pack_record(record)))
             impostor.wait(Kind.JOINED)
         impostor.send(wire.encode_message(wire.KIND_OF[type(operation)], astuple(operation), 1))
         impostor.wait(None)

@@ -37,7 +37,7 @@ from tests.sim.machine import NAMES, Machine, Process
 from tests.sim.network import Network, SimulatedLink, dial, greet
 
 #: Rooms of mirrorfs that do not run in the simulator; all others get a simulated `os`, `time`, `shutil` and `backing`.
-_OUTSIDE: Final = ("backing", "cli", "config", "control", "daemon", "journal_show", "lab", "lost", "peer", "session")
+_OUTSIDE: Final = ("arbiter", "backing", "cli", "config", "control", "daemon", "journal_show", "lab", "lost", "peer", "session")
 _SERVING: Final = (Mode.MIRRORED, Mode.ALONE, Mode.LOST)
 _EIO: Final = 5
 _LONGEST_S: Final = 3600.0

@@ -112,10 +112,8 @@ def test_every_key_is_read(file: Path) -> None:
         every = "30d"
     """
     found = loaded(file, text, "two")
-    name = "one.example.org"
-    assert found.peer == config.NodeConfig(
-        name, name, 1, Path("/srv/one"), Path("/s"), Path("/c"), Path("/run/mirrorfs/v-one.example.org-controller.sock"), (name,)
-    )
+    name, controller = "one.example.org", Path("/run/mirrorfs/v-one.example.org-controller.sock")
+    assert found.peer == config.NodeConfig(name, name, 1, Path("/srv/one"), Path("/s"), Path("/c"), controller, (name,))
     assert found.node.backing == Path("/srv/both")
     assert found.replication == config.ReplicationConfig("freeze", 0.5, 60.0, 5400.0, 60.0)
     assert found.resync == config.ResyncConfig(1.5 * 2**30, "resync")
@@ -184,7 +182,8 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync, verify, arbiter, failover, vip, service)',
+            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync, verify, arbiter, '
+            "failover, vip, service)",
         ),
         (
             'volume = "v"\n',

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrorfs.core import epochs
+from mirrorfs.core import epochs, packing
 from mirrorfs.core.epochs import Forbidden, Refuse, Resume, SplitBrain, Standing, meet
 from tests.unit.stories import VOLUME, Node, assert_resumes, assert_split, assert_waits, mirrored, verdict
 
@@ -378,16 +378,16 @@ def test_no_node_is_promoted_past_an_epoch_that_the_other_tells_it_of(pair: tupl
 @given(_pairs())
 def test_a_record_and_a_greeting_come_back_from_msgpack_as_they_were(pair: tuple[Node, Node]) -> None:
     for node in pair:
-        assert epochs.unpack_record(msgpack.unpackb(msgpack.packb(epochs.pack_record(node.record)))) == node.record
-        assert epochs.unpack_hello(msgpack.unpackb(msgpack.packb(epochs.pack_hello(node.hello())))) == node.hello()
+        assert packing.unpack_record(msgpack.unpackb(msgpack.packb(packing.pack_record(node.record)))) == node.record
+        assert packing.unpack_hello(msgpack.unpackb(msgpack.packb(packing.pack_hello(node.hello())))) == node.hello()
 
 
 @pytest.mark.parametrize("volume_id", ["v", VOLUME[1:], VOLUME + "00", "g" * 32, " " * 32, VOLUME[:-2] + "é9", 7, None, b""])
 def test_a_record_of_a_volume_whose_id_is_not_32_hexadecimal_digits_is_refused(volume_id: object) -> None:
-    packed = epochs.pack_record(mirrored()[0].record)
+    packed = packing.pack_record(mirrored()[0].record)
     with pytest.raises(ValueError):
-        epochs.unpack_record(packed | {"volume_id": volume_id})
-    assert epochs.unpack_record(packed | {"volume_id": ""}).volume_id == ""
+        packing.unpack_record(packed | {"volume_id": volume_id})
+    assert packing.unpack_record(packed | {"volume_id": ""}).volume_id == ""
 
 
 def test_a_history_is_bounded_and_forgets_its_oldest_epochs_and_what_was_written_in_them() -> None:
@@ -471,11 +471,11 @@ def test_the_sides_of_a_split_brain_are_the_epochs_since_the_last_common_one() -
 
 def test_a_record_from_before_histories_could_be_given_up_is_still_read() -> None:
     one, _ = _split()
-    packed = epochs.pack_record(one.record)
+    packed = packing.pack_record(one.record)
     del packed["yields_to"]
-    assert epochs.unpack_record(packed) == one.record
+    assert packing.unpack_record(packed) == one.record
     given_up = one.record.yielding("two", "given up")
-    assert epochs.unpack_record(epochs.pack_record(given_up)) == given_up
+    assert packing.unpack_record(packing.pack_record(given_up)) == given_up
 
 
 # ---- who was set back
@@ -495,5 +495,5 @@ def test_a_node_with_fewer_marks_than_the_other_knows_of_was_set_back() -> None:
 def test_a_count_of_marks_makes_no_other_node_of_one() -> None:
     one, _ = (node.hello() for node in mirrored())
     assert replace(one, marked=7, peer_marked=3) == one
-    packed = epochs.unpack_hello(epochs.pack_hello(replace(one, marked=7, peer_marked=3)))
+    packed = packing.unpack_hello(packing.pack_hello(replace(one, marked=7, peer_marked=3)))
     assert (packed.marked, packed.peer_marked) == (7, 3)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrorfs.core import epochs
+from mirrorfs.core import packing
 from mirrorfs.core.epochs import Forbidden, SplitBrain, Standing
 from mirrorfs.core.pauses import Pause, may_serve, pause_between
 from tests.unit.stories import Node, mirrored, verdict
@@ -78,16 +78,16 @@ def test_the_paused_node_serves_by_itself_only_if_the_other_cannot_be_promoted()
 
 
 def test_a_record_from_before_there_were_pauses_has_none() -> None:
-    packed = epochs.pack_record(mirrored()[0].record)
+    packed = packing.pack_record(mirrored()[0].record)
     del packed["paused_at"]
-    assert epochs.unpack_record(packed).paused_at == 0
+    assert packing.unpack_record(packed).paused_at == 0
 
 
 @given(st.floats())
 def test_a_moment_that_is_none_is_no_record(moment: float) -> None:
-    packed = epochs.pack_record(mirrored()[0].record) | {"paused_at": moment}
+    packed = packing.pack_record(mirrored()[0].record) | {"paused_at": moment}
     if 0 <= moment < 1e11:
-        assert epochs.unpack_record(packed).paused_at == moment
+        assert packing.unpack_record(packed).paused_at == moment
     else:
         with pytest.raises(ValueError, match="no time"):
-            epochs.unpack_record(packed)
+            packing.unpack_record(packed)

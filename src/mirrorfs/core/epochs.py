@@ -11,7 +11,6 @@ fsynced, and is not as good as one that was not.
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
 from mirrorfs.core.dirty import Head
 
@@ -53,12 +52,22 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What a node remembers of its arbiter: which cluster, how far its store was, and where the record there was changed."""
+
+    cluster: str
+    revision: int
+    key_revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a node keeps durably of the pair.
 
     `wrote` holds the tags of epochs in which this node acknowledged a change that no other node was asked for. `paused_at` is
     when this node was told by hand to keep the other one off (UNIX time in seconds), 0 if it does not. `yields_to` is the node
-    for whose history it has given its own up, by an operator's word; then nothing of its own counts any more.
+    for whose history it has given its own up, by an operator's word; then nothing of its own counts any more. `claims` are the
+    tags of epochs that this node asked an arbiter for and has had no answer, `arbiter` is what it knows of that.
     """
 
     volume_id: str = ""
@@ -68,6 +77,8 @@ class Record:
     reason: str = ""
     paused_at: float = 0.0
     yields_to: str = ""
+    claims: tuple[str, ...] = ()
+    arbiter: Seen | None = None
 
     @property
     def epoch(self) -> Epoch | None:
@@ -97,7 +108,6 @@ class Record:
 
 #: Epochs that a node remembers. Two nodes that have been apart for longer than this need a person.
 HISTORY = 256
-_LATEST = 1e11  # in the year 5138
 
 _NOTHING = Head()
 
@@ -408,86 +418,3 @@ def may_promote(
     return AskFirst(
         f"{peer} cannot be reached since {lost_at}: if it went on alone, what it acknowledged since then is missing here"
     )
-
-
-def pack_record(record: Record) -> dict[str, Any]:
-    """The record as plain values, for msgpack."""
-    return {
-        "volume_id": record.volume_id,
-        "epochs": [
-            [e.number, e.tag, e.primary, sorted([m.node, m.boot] for m in e.in_sync), e.forced, e.began] for e in record.epochs
-        ],
-        "wrote": sorted(record.wrote),
-        "standing": record.standing.value,
-        "reason": record.reason,
-        "paused_at": record.paused_at,
-        "yields_to": record.yields_to,
-    }
-
-
-def unpack_record(data: dict[str, Any]) -> Record:
-    """The record that `pack_record` packed; KeyError, TypeError, ValueError or OverflowError if it is not one."""
-    volume_id = data["volume_id"]
-    if not isinstance(volume_id, str) or len(volume_id) not in (0, 32) or len(bytes.fromhex(volume_id)) * 2 != len(volume_id):
-        raise ValueError(f"{volume_id!r} is no volume id")
-    paused_at = float(data.get("paused_at", 0.0))
-    if not 0 <= paused_at < _LATEST:
-        raise ValueError(f"{paused_at} is no time")
-    return Record(
-        volume_id=volume_id,
-        epochs=tuple(
-            Epoch(
-                int(number),
-                str(tag),
-                str(primary),
-                frozenset(Member(n, b) for n, b in members),
-                bool(forced),
-                float(began),
-            )
-            for number, tag, primary, members, forced, began in data["epochs"]
-        ),
-        wrote=frozenset(data["wrote"]),
-        standing=Standing(data["standing"]),
-        reason=str(data["reason"]),
-        paused_at=paused_at,
-        yields_to=str(data.get("yields_to", "")),
-    )
-
-
-def pack_hello(hello: Hello) -> dict[str, Any]:
-    """A hello as plain values, for msgpack."""
-    return {
-        "volume": hello.volume,
-        "node": hello.node,
-        "boot": hello.boot,
-        "record": pack_record(hello.record),
-        "serving": hello.serving,
-        "empty": hello.empty,
-        "discard_local_data": hello.discard_local_data,
-        "dirty": [hello.dirty.volume_id, hello.dirty.number, hello.dirty.base, hello.dirty.new_from, hello.dirty.complete],
-        "resume": hello.resume,
-        "marked": hello.marked,
-        "peer_marked": hello.peer_marked,
-    }
-
-
-def unpack_hello(data: dict[str, Any]) -> Hello:
-    """The hello that `pack_hello` packed; KeyError, TypeError or ValueError if it is not one."""
-    return Hello(
-        volume=str(data["volume"]),
-        node=str(data["node"]),
-        boot=str(data["boot"]),
-        record=unpack_record(data["record"]),
-        serving=bool(data["serving"]),
-        empty=bool(data["empty"]),
-        discard_local_data=bool(data["discard_local_data"]),
-        dirty=_unpack_head(data["dirty"]),
-        resume=bool(data.get("resume")),
-        marked=int(data["marked"]),
-        peer_marked=int(data["peer_marked"]),
-    )
-
-
-def _unpack_head(fields: list[Any]) -> Head:
-    volume_id, number, base, new_from, complete = fields
-    return Head(str(volume_id), int(number), int(base), int(new_from), bool(complete))

@@ -22,8 +22,9 @@ from typing import Any
 
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.lab import scratch
+from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
-from mirrorfs.lab.pair import PORT, Lab, wait_for
+from mirrorfs.lab.pair import Lab, wait_for
 
 # The figure is operations per second.
 FIO = {

@@ -6,6 +6,7 @@ namespaces tell the labs of one machine apart.
 
 import os
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from mirrorfs.errors import MirrorfsError, UsageError
 ADDRESSES = {"one": "10.77.0.1", "two": "10.77.0.2"}
 PREFIX_LENGTH = 24
 INTERFACE = "eth0"
+#: The third host, if there is one (`public`).
+DESK = "desk"
 
 _NAMESPACES = Path("/run/netns")
 _CUT_TABLE = "inet mirrorfs_lab_cut"
@@ -30,7 +33,7 @@ class Network:
 
     def namespace(self, host: str) -> str:
         """The name of the host's namespace, as `ip netns` knows it; raises UsageError for an unknown host."""
-        if host not in ADDRESSES:
+        if host not in (*ADDRESSES, DESK):
             raise UsageError(f"there is no node {host!r} in a lab; the nodes are {' and '.join(ADDRESSES)}")
         return f"{self.prefix}-{host}"
 
@@ -47,7 +50,7 @@ class Network:
         one, two = (self.namespace(host) for host in ADDRESSES)
         for namespace in (one, two):
             # Not pyroute2.netns.create: that forks this process, which may have threads.
-            _run("ip", "netns", "add", namespace)
+            run("ip", "netns", "add", namespace)
         with IPRoute() as ip:
             cable_end = {"ifname": INTERFACE, "net_ns_fd": two}
             ip.link("add", ifname=INTERFACE, kind="veth", net_ns_fd=one, peer=cable_end)
@@ -55,17 +58,22 @@ class Network:
             _bring_up(self.namespace(host), address)
 
     def remove(self) -> None:
-        """Take both namespaces away, and with them the cable; what is not there is no error.
+        """Take the namespaces away, and with them the cables; what is not there is no error.
 
         A namespace lives on, without a name, until the last process in it has ended: end those first.
         """
-        for host in ADDRESSES:
+        for host in (*ADDRESSES, DESK):
             if (_NAMESPACES / self.namespace(host)).exists():
-                _run("ip", "netns", "del", self.namespace(host))
+                run("ip", "netns", "del", self.namespace(host))
 
     def exists(self) -> bool:
         """True if both hosts are there."""
         return all((_NAMESPACES / self.namespace(host)).exists() for host in ADDRESSES)
+
+    @property
+    def has_desk(self) -> bool:
+        """True if there is a third host."""
+        return (_NAMESPACES / self.namespace(DESK)).exists()
 
     def pids(self, host: str) -> list[int]:
         """The processes on the host, whoever started them; empty if there is no such host now."""
@@ -100,7 +108,7 @@ class Network:
         return [host for host in ADDRESSES if _CUT_TABLE in self._nft(_other(host), "list tables\n")]
 
     def _nft(self, host: str, commands: str) -> str:
-        return _run(*self.entering(host), "nft", "-f", "-", stdin=commands)
+        return run(*self.entering(host), "nft", "-f", "-", stdin=commands)
 
 
 def _other(host: str) -> str:
@@ -115,17 +123,28 @@ def _no_cut() -> str:
 
 
 def _bring_up(namespace: str, address: str) -> None:
-    def inside() -> None:
+    inside(namespace, lambda: configure(INTERFACE, address, PREFIX_LENGTH))
+
+
+def configure(interface: str, address: str, prefix_length: int) -> None:
+    """Bring an interface up, with its address, and the loopback with it, in the namespace of this thread."""
+    with IPRoute() as ip:
+        for name in ("lo", interface):
+            ip.link("set", index=ip.link_lookup(ifname=name)[0], state="up")
+        ip.addr("add", index=ip.link_lookup(ifname=interface)[0], address=address, prefixlen=prefix_length)
+
+
+def inside(namespace: str, action: Callable[[], None]) -> None:
+    """Do something in a namespace."""
+
+    def enter() -> None:
         netns.setns(str(_NAMESPACES / namespace), flags=0)
-        with IPRoute() as ip:
-            for interface in ("lo", INTERFACE):
-                ip.link("set", index=ip.link_lookup(ifname=interface)[0], state="up")
-            ip.addr("add", index=ip.link_lookup(ifname=INTERFACE)[0], address=address, prefixlen=PREFIX_LENGTH)
+        action()
 
     # A thread can be in another network namespace than its process, and this one ends when it is done. IPRoute's own way
     # in (`netns=`) forks this process, which may have threads.
     with ThreadPoolExecutor(max_workers=1) as executor:
-        executor.submit(inside).result()
+        executor.submit(enter).result()
 
 
 def _all_pids() -> list[int]:
@@ -139,7 +158,8 @@ def _is_in(pid: int, namespace: os.stat_result) -> bool:
         return False
 
 
-def _run(*command: str, stdin: str = "") -> str:
+def run(*command: str, stdin: str = "") -> str:
+    """Run a program of the system and return what it printed; MirrorfsError if it fails."""
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=True)
     except FileNotFoundError:

@@ -17,12 +17,11 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,12 +29,10 @@ from typing import Any, Self
 
 import mirrorfs
 from mirrorfs import backing, config, control
-from mirrorfs.errors import ConfigError, ControlError, MirrorfsError, UsageError
-from mirrorfs.lab import mounts, processes
-from mirrorfs.lab.network import ADDRESSES, Network
+from mirrorfs.errors import ControlError, MirrorfsError, UsageError
+from mirrorfs.lab import configuration, mounts, processes, public
+from mirrorfs.lab.network import ADDRESSES, DESK, Network
 from mirrorfs.lab.processes import Process
-
-PORT = 7788
 
 _POLL_S = 0.02
 _SOCKET_PATH_MAX_BYTES = 99
@@ -130,9 +127,9 @@ class Host:
         """What `mirrorfs status --json` says; ControlError if no node answers."""
         return control.request(self.control, "status", timeout_s=10)
 
-    def promote(self, *, yes: bool = False, force: bool = False) -> dict[str, Any]:
-        """`mirrorfs promote`; raises the error of the node."""
-        return control.request(self.control, "promote", yes=yes, force=force)
+    def promote(self, *, yes: bool = False, force: bool = False, automatic: bool = False) -> dict[str, Any]:
+        """`mirrorfs promote`, or what a controller asks for; raises the error of the node."""
+        return control.request(self.control, "promote", yes=yes, force=force, automatic=automatic)
 
     def demote(self, *, force: bool = False) -> dict[str, Any]:
         """`mirrorfs demote`; raises the error of the node."""
@@ -254,9 +251,12 @@ class Lab:
         return self.dir / "disks"
 
     @classmethod
-    def create(cls, directory: Path, *, options: Mapping[str, str] | None = None) -> Self:
+    def create(
+        cls, directory: Path, *, options: Mapping[str, str] | None = None, sections: str = "", desk: bool = False
+    ) -> Self:
         """Clear what is there and make two hosts with nothing running on them; `options` go to [replication].
 
+        `sections` is TOML that goes to the end of both configurations; with a `desk`, there is a third host (`public`).
         Raises MirrorfsError if the directory holds files that are no lab's, ConfigError for a wrong option.
         """
         _require_root()
@@ -267,7 +267,7 @@ class Lab:
         lab.dir.mkdir(parents=True, exist_ok=True)
         (lab.dir / _MARKER).touch()
         try:
-            lab._make_hosts(options or {})
+            lab._make_hosts(options or {}, sections, desk)
         except BaseException:
             lab.down()
             raise
@@ -292,15 +292,11 @@ class Lab:
         lab = cls.create(directory, options=options)
         try:
             report("starting both nodes")
-            for host in lab.hosts.values():
-                host.launch()
-            for host in lab.hosts.values():
-                host.wait_answering(end - time.monotonic())
             if mirrored:
-                report("making node one the primary")
-                lab.one.promote(yes=True)
-                report("waiting until node two is in sync")
-                lab.wait_mirrored(end - time.monotonic())
+                lab.run_all(end - time.monotonic())
+            else:
+                for host in lab.hosts.values():
+                    host.start(end - time.monotonic())
         except BaseException:
             lab._stop_everything()
             raise
@@ -338,6 +334,18 @@ class Lab:
     def heal(self) -> None:
         """Undo every cut."""
         self.network.heal()
+        if self.network.has_desk:
+            public.heal(self.network)
+
+    def run_all(self, deadline_s: float = 60) -> None:
+        """Start both nodes, make the first the primary, and wait until they are mirrored."""
+        end = time.monotonic() + deadline_s
+        for host in self.hosts.values():
+            host.launch()
+        for host in self.hosts.values():
+            host.wait_answering(end - time.monotonic())
+        self.one.promote(yes=True)
+        self.wait_mirrored(end - time.monotonic())
 
     def host(self, name: str) -> Host:
         """The host of that name; UsageError if there is none."""
@@ -384,23 +392,25 @@ class Lab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.down()
 
-    def _make_hosts(self, options: Mapping[str, str]) -> None:
+    def _make_hosts(self, options: Mapping[str, str], sections: str, desk: bool) -> None:
         _write_record(self.dir, {name: [] for name in self.hosts})
         for host in self.hosts.values():
             host.mount.mkdir(parents=True)
             host.under.mkdir()
             host.state_dir.mkdir()
-            host.config.write_text(_configuration(host, self.hosts.values(), options))
+            host.config.write_text(configuration.text(host, self.hosts.values(), options, sections, desk=desk))
             config.load(host.config, host.name)
             host.bind_under()
         self.network.create()
+        if desk:
+            public.create(self.network)
 
     def _stop_everything(self) -> None:
         """Processes first: they keep mounts busy and namespaces alive."""
         with contextlib.suppress(MirrorfsError):  # a damaged record: the namespaces tell enough
             for leader in [leader for started in _read_record(self.dir).values() for leader in started]:
                 processes.kill(processes.session_of(leader))
-        while alive := [pid for name in self.hosts for pid in self.network.pids(name)]:
+        while alive := [pid for name in (*self.hosts, DESK) for pid in self.network.pids(name)]:
             processes.kill(processes.find_all(alive))
         mounts.detach_below(self.dir)
         self.network.remove()
@@ -435,27 +445,6 @@ def _node_environment() -> dict[str, str]:
     return environment
 
 
-def _configuration(own: Host, hosts: Iterable[Host], options: Mapping[str, str]) -> str:
-    lines = ['volume = "lab"', f"node = {_toml(own.name)}"]
-    for host in hosts:
-        lines += [
-            "",
-            f"[nodes.{host.name}]",
-            f"address = {_toml(ADDRESSES[host.name])}",
-            f"port = {PORT}",
-            f"state_dir = {_toml(str(host.state_dir))}",
-            f"control = {_toml(str(host.control))}",
-        ]
-    if options:
-        lines += ["", "[replication]"]
-    for key, value in options.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", key):
-            raise ConfigError(f"{own.config}: replication.{key}: not a key")
-        bare = value in ("true", "false") or value.isdecimal()
-        lines.append(f"{key} = {value if bare else _toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
 def _remove_tree(top: Path) -> None:
     for directory, _, _ in os.walk(top):
         with contextlib.suppress(OSError):  # a path that is too long for a name; removing goes by descriptors
@@ -466,11 +455,6 @@ def _remove_tree(top: Path) -> None:
         pass
     except OSError as error:
         raise MirrorfsError(f"{top} cannot be removed: {error.strerror}: {error.filename}") from error
-
-
-def _toml(text: str) -> str:
-    # A JSON string is a TOML string, as long as no surrogate pairs are written.
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _record_file(directory: Path) -> Path:
