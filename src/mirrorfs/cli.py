@@ -1,12 +1,11 @@
 """The commands: parse, call, print, exit status. What they do is done elsewhere, and imported when it is needed."""
 
+import contextlib
 import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +13,23 @@ import typer
 
 from mirrorfs import __version__, control, toml_table
 from mirrorfs import config as configuration
+from mirrorfs.cli_base import (
+    All,
+    Chosen,
+    ConfigFile,
+    Force,
+    Json,
+    MountPoint,
+    NodeName,
+    Sure,
+    Yes,
+    configure_logging,
+    confirmed,
+    load,
+)
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
+from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, say, switchover
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
 
@@ -49,29 +63,9 @@ app.add_typer(lost_app, name="lost")
 app.add_typer(lab_app, name="lab")
 app.command()(demo)
 app.command()(bench)
-
-_ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Default: $MIRRORFS_CONFIG, else the only /etc/mirrorfs/*.toml."),
-]
-_NodeName = Annotated[
-    str | None,
-    typer.Option("--node", metavar="NAME", help="This node's part of it. Default: $MIRRORFS_NODE, else the host name."),
-]
-_Yes = Annotated[bool, typer.Option("--yes", help="The other node is dead or did not go on alone: do not ask.")]
-_Force = Annotated[bool, typer.Option("--force", help="Even if acknowledged writes may be lost.")]
-_Json = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
-_Sure = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-_All = Annotated[bool, typer.Option("--all", help="All that are kept, in place of one ID.")]
-_MountPoint = Annotated[Path, typer.Argument(metavar="PATH")]
-
-
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """What stood before the command; the same options after it win."""
-
-    config: Path | None
-    node: str | None
+for _command in (switchover, maintenance, controller):
+    app.command()(_command)
+app.command("make-key")(make_key)
 
 
 def main() -> None:
@@ -115,24 +109,19 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _before_the_command(
     context: typer.Context,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    context.obj = _Chosen(config, node)
-
-
-def _load(context: typer.Context, config: Path | None, node: str | None) -> Config:
-    chosen: _Chosen = context.obj
-    return configuration.load(configuration.find(config or chosen.config), node or chosen.node)
+    context.obj = Chosen(config, node)
 
 
 @app.command()
 def mount(
     context: typer.Context,
-    path: _MountPoint,
+    path: MountPoint,
     *,
     backing: Annotated[
         Path | None,
@@ -141,14 +130,14 @@ def mount(
     discard_local_data: Annotated[
         bool, typer.Option("--discard-local-data", help="Let the peer's files replace what is here now.")
     ] = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Mount the volume on PATH and mirror it, in the foreground."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     if backing is not None:
         loaded = configuration.with_backing(loaded, backing)
-    _configure_logging()
+    configure_logging()
 
     from mirrorfs.daemon import run
 
@@ -158,20 +147,23 @@ def mount(
 @app.command()
 def promote(
     context: typer.Context,
-    yes: _Yes = False,
-    force: _Force = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    yes: Yes = False,
+    force: Force = False,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Make this node the primary. With the peer alive, the two swap roles and nothing is lost."""
-    loaded = _load(context, config, node)
-    _ask_first(loaded, "promote", "Promote this node?", yes=yes, force=force)
+    loaded = load(context, config, node)
+    if has_controller(loaded):
+        confirmed(lambda sure: say(loaded, "promote", yes=sure, force=force), yes, "Promote this node?")
+    else:
+        _ask_first(loaded, "promote", "Promote this node?", yes=yes, force=force)
 
 
 @app.command()
-def demote(context: typer.Context, force: _Force = False, config: _ConfigFile = None, node: _NodeName = None) -> None:
+def demote(context: typer.Context, force: Force = False, config: ConfigFile = None, node: NodeName = None) -> None:
     """Stop being the primary: no more writes here."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     print(control.request(loaded.node.control, "demote", force=force)["message"])
 
 
@@ -179,25 +171,25 @@ def demote(context: typer.Context, force: _Force = False, config: _ConfigFile = 
 def pause(
     context: typer.Context,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask: one node is enough until `mirrorfs resume`.")] = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Pause the replication: the primary goes on alone, the other node is kept off until `resume`."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     _ask_first(loaded, "pause", "Pause the replication?", yes=yes)
 
 
 @app.command()
-def resume(context: typer.Context, config: _ConfigFile = None, node: _NodeName = None) -> None:
+def resume(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
     """End a pause: the other node is brought up to date and follows again."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     print(control.request(loaded.node.control, "resume")["message"])
 
 
 @app.command()
-def unmount(context: typer.Context, config: _ConfigFile = None, node: _NodeName = None) -> None:
+def unmount(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
     """Unmount the volume and end this node's mirrorfs."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     print(control.request(loaded.node.control, "unmount")["message"])
 
 
@@ -206,11 +198,11 @@ def status(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again every second until Ctrl-C; JSON: at each change.")] = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Show what this node is, and why. Exit status 1 if it is not running."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     if watch:
         _watch(loaded, as_json)
     else:
@@ -229,8 +221,8 @@ def verify(
         typer.Option("--rate", metavar="RATE", help='At most so many bytes a second, as in "50MiB/s". Default: [verify] rate.'),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON at the end.")] = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Compare both nodes' trees while they are used. Exit status 1 if they differ, also if that was repaired."""
     if repair != bool(good):
@@ -239,7 +231,7 @@ def verify(
         rate_bytes_per_s = toml_table.rate_bytes_per_s(rate) if rate else 0
     except ValueError as error:
         raise UsageError(f"--rate: {error}") from None
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
 
     from mirrorfs import verify_show
 
@@ -248,9 +240,9 @@ def verify(
 
 
 @app.command()
-def release(context: typer.Context, path: _MountPoint, config: _ConfigFile = None, node: _NodeName = None) -> None:
+def release(context: typer.Context, path: MountPoint, config: ConfigFile = None, node: NodeName = None) -> None:
     """Give PATH back: its files stand there again as before mirrorfs. Nothing may be mounted on it."""
-    chosen: _Chosen = context.obj
+    chosen: Chosen = context.obj
     file = configuration.find_if_any(config or chosen.config)
     backing = None if file is None else configuration.load(file, node or chosen.node).node.backing
 
@@ -263,11 +255,11 @@ def release(context: typer.Context, path: _MountPoint, config: _ConfigFile = Non
 def show(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Show epochs, ids and the dirty log from disk, also while the node runs. Exit status 1 if a file is damaged."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
 
     from mirrorfs import journal_show
 
@@ -277,11 +269,9 @@ def show(
 
 
 @split_app.command("show")
-def show_split_brain(
-    context: typer.Context, as_json: _Json = False, config: _ConfigFile = None, node: _NodeName = None
-) -> None:
+def show_split_brain(context: typer.Context, as_json: Json = False, config: ConfigFile = None, node: NodeName = None) -> None:
     """Show which files and bytes differ by side. Both nodes have to be connected."""
-    loaded = _load(context, config, node)
+    loaded = load(context, config, node)
     found = control.request(loaded.node.control, "split-brain-show", timeout_s=_LONG_S, offset=0)
     while len(found["differences"]) < found["total"]:
         offset = len(found["differences"])
@@ -298,13 +288,13 @@ def show_split_brain(
 def resolve(
     context: typer.Context,
     keep: Annotated[str, typer.Option(metavar="NODE", help="The node whose history is kept; the other one's is set aside.")],
-    yes: _Sure = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    yes: Sure = False,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Keep the history of one node. What the other one changed is kept there (`mirrorfs lost`), then it becomes a copy."""
-    loaded = _load(context, config, node)
-    _confirmed(lambda sure: print(_resolve(loaded, keep, yes=sure)), yes, "Keep that history?")
+    loaded = load(context, config, node)
+    confirmed(lambda sure: print(_resolve(loaded, keep, yes=sure)), yes, "Keep that history?")
 
 
 def _resolve(loaded: Config, keep: str, *, yes: bool) -> str:
@@ -321,9 +311,9 @@ def _resolve(loaded: Config, keep: str, *, yes: bool) -> str:
 
 
 @lost_app.command("list")
-def list_lost(context: typer.Context, as_json: _Json = False, config: _ConfigFile = None, node: _NodeName = None) -> None:
+def list_lost(context: typer.Context, as_json: Json = False, config: ConfigFile = None, node: NodeName = None) -> None:
     """List what is kept, and why."""
-    entries = _lost(_load(context, config, node)).entries()
+    entries = _lost(load(context, config, node)).entries()
 
     from mirrorfs import split_brain_show
 
@@ -335,14 +325,14 @@ def export(
     context: typer.Context,
     what: Annotated[list[str], typer.Argument(metavar="[ID] DEST")],
     *,
-    every: _All = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    every: All = False,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Copy one version to DEST, or all below it. Of a large file, it may be only the bytes that were changed."""
     if len(what) != (1 if every else 2):
         raise UsageError("give an ID and a destination, or --all and a destination")
-    store, destination = _lost(_load(context, config, node)), Path(what[-1]).absolute()
+    store, destination = _lost(load(context, config, node)), Path(what[-1]).absolute()
     if every:
         print(f"{store.export_all(destination)} versions are in {destination}")
     else:
@@ -354,15 +344,15 @@ def drop(
     context: typer.Context,
     what: Annotated[list[str] | None, typer.Argument(metavar="[ID]...")] = None,
     *,
-    every: _All = False,
-    yes: _Sure = False,
-    config: _ConfigFile = None,
-    node: _NodeName = None,
+    every: All = False,
+    yes: Sure = False,
+    config: ConfigFile = None,
+    node: NodeName = None,
 ) -> None:
     """Delete versions that are kept, for good."""
     if bool(what) == every:
         raise UsageError("give one or more IDs, or --all")
-    store = _lost(_load(context, config, node))
+    store = _lost(load(context, config, node))
 
     def drop_them(sure: bool) -> None:
         if not sure:
@@ -370,7 +360,7 @@ def drop(
             raise ConfirmationNeededError(f"{count} versions of files will be deleted for good (--yes does it)")
         print(f"{store.drop(None if every else what)} versions are deleted")
 
-    _confirmed(drop_them, yes, "Delete them?")
+    confirmed(drop_them, yes, "Delete them?")
 
 
 def _lost(loaded: Config) -> "LostStore":
@@ -391,33 +381,20 @@ def _lost(loaded: Config) -> "LostStore":
 
 def _ask_first(config: Config, command: str, question: str, *, yes: bool, **arguments: bool) -> None:
     """Run a command that may need a person's word, asking for it on a terminal."""
-    _confirmed(
+    confirmed(
         lambda sure: print(control.request(config.node.control, command, yes=sure, **arguments)["message"]), yes, question
     )
 
 
-def _confirmed(action: Callable[[bool], None], yes: bool, question: str) -> None:
-    """Do what may need a person's word, asking for it on a terminal."""
-    try:
-        action(yes)
-    except ConfirmationNeededError as error:
-        if yes or not (sys.stdin.isatty() and sys.stdout.isatty()):
-            raise
-        if not typer.confirm(f"{error}\n{question}"):
-            raise typer.Exit(error.exit_status) from None
-        action(True)
-
-
-def _configure_logging() -> None:
-    handler = logging.StreamHandler()
-    with_time = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has the time already
-    handler.setFormatter(logging.Formatter(f"{with_time}%(levelname)s %(message)s"))
-    logger = logging.getLogger("mirrorfs")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-
-
 def _ask_status(config: Config) -> dict[str, Any]:
+    found = _ask_mount(config)
+    if config.failover is not None:
+        with contextlib.suppress(control.NotRunningError):
+            found["controller"] = control.request(config.node.controller, "status", timeout_s=_STATUS_TIMEOUT_S)
+    return found
+
+
+def _ask_mount(config: Config) -> dict[str, Any]:
     try:
         return control.request(config.node.control, "status", timeout_s=_STATUS_TIMEOUT_S)
     except control.NotRunningError as error:

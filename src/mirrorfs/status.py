@@ -5,6 +5,7 @@ from typing import Any
 
 from mirrorfs import pausing
 from mirrorfs.core.epochs import Standing
+from mirrorfs.core.modes import Mode
 from mirrorfs.node import Node
 from mirrorfs.resync.progress import Progress
 from mirrorfs.standby import Standby
@@ -21,6 +22,7 @@ def describe(node: Node) -> dict[str, Any]:
         "in_sync": _in_sync(node),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(node.since)),
         "reason": node.split_brain or node.reason,
+        "frozen": node.primary is not None and node.primary.mode in (Mode.FROZEN, Mode.LOST),
         "dirty_bytes": node.activity.dirty.dirty_bytes,
         "dirty_names": node.activity.dirty.dirty_names,
         "peer": _peer(node),

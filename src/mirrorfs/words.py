@@ -63,6 +63,19 @@ def verify_in_words(verify: dict[str, Any]) -> str:
     return f"ended {verify['last']['ended']}, differences: {verify['last']['found']}"
 
 
+def controller_in_words(controller: dict[str, Any]) -> str:
+    """What the controller of a node is doing, on one line."""
+    parts = [f"{controller['posture']} since {controller['since']} ({controller['because']})"]
+    parts.append(f"services {controller['services']}, addresses {controller['addresses']}")
+    parts.append("the other controller is heard" if controller["peer"]["heard"] else "THE OTHER CONTROLLER IS NOT HEARD")
+    parts += [f"no heartbeats from {network}" for network, up in controller["networks"].items() if not up]
+    if controller["maintenance"]:
+        parts.append("maintenance: nothing is done automatically")
+    if controller["trouble"]:
+        parts.append(controller["trouble"])
+    return "; ".join(parts)
+
+
 def status_in_words(found: dict[str, Any]) -> str:
     """The status as lines of a name and a value."""
     peer = found.get("peer") or {"state": "none"}
@@ -87,6 +100,8 @@ def status_in_words(found: dict[str, Any]) -> str:
     if (arbiter := found.get("arbiter")) and arbiter["kind"] != "none":
         answers = "answers" if arbiter["answers"] else f"DOES NOT ANSWER: {arbiter['why']}"
         lines["arbiter"] = f"{arbiter['name']}: {answers} (since {arbiter['since']})"
+    if controller := found.get("controller"):
+        lines["controller"] = controller_in_words(controller)
     for difference in found.get("differences", ()):
         lines["configuration"] = f"differs: {difference}"
     lines["reason"] = found["reason"]

@@ -132,13 +132,13 @@ class Postgresql(Database):
     def create(self, host: Host) -> None:
         """Make the cluster, start its server, make the table. MirrorfsError if user postgres cannot reach the mount."""
         cluster = self._cluster(host)
-        if host.run(*_as_postgres("test", "-x", str(host.mount))).returncode:
+        if host.run(*as_postgres("test", "-x", str(host.mount))).returncode:
             raise MirrorfsError(f"{host.mount} cannot be reached by user {_USER}: choose another directory with --dir")
         cluster.mkdir(mode=0o700)
         shutil.chown(cluster, _USER, _USER)
         # Without sync, which takes long and is of use only if the power fails before the first checkpoint.
         made = host.run(
-            *_as_postgres(str(self._programs / "initdb"), "-D", str(cluster), "-A", "trust", "--locale=C.UTF-8"),
+            *as_postgres(str(self._programs / "initdb"), "-D", str(cluster), "-A", "trust", "--locale=C.UTF-8"),
             "--no-sync",
             cwd="/",
             capture_output=True,
@@ -155,7 +155,7 @@ class Postgresql(Database):
         with log.open("ab") as output:
             # A child of ours, so that it is reaped: its successor refuses to start while there is a process of that pid.
             self._server = host.popen(
-                *_as_postgres(str(self._programs / "postgres"), "-D", str(self._cluster(host))),
+                *as_postgres(str(self._programs / "postgres"), "-D", str(self._cluster(host))),
                 *("-k", str(self._private), "-c", "listen_addresses="),
                 cwd="/",
                 stdin=subprocess.DEVNULL,
@@ -261,5 +261,6 @@ class Writer:
                 self._database.noted.append(number)
 
 
-def _as_postgres(*command: str) -> list[str]:
+def as_postgres(*command: str) -> list[str]:
+    """A command as the user of PostgreSQL."""
     return ["setpriv", f"--reuid={_USER}", f"--regid={_USER}", "--init-groups", "--", *command]

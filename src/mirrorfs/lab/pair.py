@@ -168,7 +168,7 @@ class Host:
         program = ["mirrorfs.lab.booted", str(self.home)] if is_special else ["mirrorfs"]
         mount = [sys.executable, "-m", *program, "mount", str(self.mount), "--config", str(self.config)]
         command = [*self.network.entering(self.name), *daemonize, str(self.log), *mount]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=_node_environment(), cwd="/")
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=node_environment(), cwd="/")
         process = processes.find(int(done.stdout))
         if process is None:
             raise MirrorfsError(f"node {self.name} ended at once{self.log_tail()}")
@@ -386,6 +386,11 @@ class Lab:
         hosts = sorted(self.hosts.values(), key=lambda host: host is not primary)
         return {"dir": str(self.dir), "nodes": [host.describe() for host in hosts]}
 
+    def kill_everything(self, name: str) -> None:
+        """SIGKILL to all that runs on a host, its node and what else there is."""
+        while alive := self.network.pids(self.host(name).name):
+            processes.kill(processes.find_all(alive))
+
     def __enter__(self) -> Self:
         return self
 
@@ -436,7 +441,7 @@ def _state(host: Host) -> str:
         return "not answering"
 
 
-def _node_environment() -> dict[str, str]:
+def node_environment() -> dict[str, str]:
     """Ours, with this very package to be imported, and without what would choose another node than the file does."""
     environment = {name: value for name, value in os.environ.items() if name != "MIRRORFS_NODE"}
     source = str(Path(mirrorfs.__file__).parent.parent)

@@ -1,0 +1,63 @@
+"""The composition root of `mirrorfs controller`: the watch, the heartbeats, the addresses, the services, and a `Controller`."""
+
+import logging
+import os
+import signal
+from typing import Final
+
+import trio
+
+from mirrorfs import backing, control
+from mirrorfs.config import Config
+from mirrorfs.errors import ConfigError
+from mirrorfs.failover import Controller
+from mirrorfs.failover_memory import Memory
+from mirrorfs.heartbeat import Heartbeats, load_key
+from mirrorfs.services import Services
+from mirrorfs.vip import Addresses
+from mirrorfs.watch import MountWatch
+
+log = logging.getLogger(__name__)
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def run(config: Config) -> None:
+    """`mirrorfs controller`, in the foreground until it is told to stop. Raises MirrorfsError for what a person can mend."""
+    if config.failover is None or config.peer is None:
+        raise ConfigError(f"{config.file}: failover: missing, add [failover]: the controller needs it")
+    key = load_key(config.failover.key_file)
+    state = config.node.state_dir.resolve()
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = backing.lock_file(state / "controller.lock", f"{state}: another mirrorfs controller uses it: stop it first")
+    try:
+        trio.run(_run, config, key)
+    finally:
+        os.close(lock)
+
+
+async def _run(config: Config, key: bytes) -> None:
+    settings, peer, state = config.failover, config.peer, config.node.state_dir
+    assert settings is not None
+    assert peer is not None
+    memory = Memory(state / "controller.json", max_failovers=settings.max_failovers, window_s=settings.failover_window_s)
+    mount = MountWatch(config.node.control, deadline_s=settings.detection_timeout_s)
+    addresses = Addresses(settings.vips, up_command=settings.vip_up, down_command=settings.vip_down)
+    services = Services(settings.services, state / "services")
+    controller = Controller(config, settings, memory, mount, addresses, services)
+    heart = Heartbeats(config.volume, config.node, peer, settings.port, key, content=controller.say, on_heard=controller.hear)
+    controller.heart = heart
+    mount.on_change = controller.wake
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mount.run)
+        await nursery.start(addresses.run)
+        await nursery.start(heart.run)
+        await nursery.start(control.serve, config.node.controller, controller.on_command)
+        await nursery.start(controller.run)
+        log.info("the controller of %s runs", config.node.name)
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            async for _ in signals:
+                break
+        log.info("asked to stop")
+        await controller.stop()
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,66 @@
+"""The commands of the failover controller."""
+
+from typing import Annotated, Final
+
+import typer
+
+from mirrorfs import control
+from mirrorfs.cli_base import ConfigFile, NodeName, configure_logging, load
+from mirrorfs.config import Config
+from mirrorfs.errors import UsageError
+
+STATUS_TIMEOUT_S: Final = 10.0
+SWITCH_S: Final = 180.0
+
+
+def has_controller(loaded: Config) -> bool:
+    """Whether a controller runs here: then it moves addresses and services too."""
+    try:
+        control.request(loaded.node.controller, "status", timeout_s=STATUS_TIMEOUT_S)
+    except control.NotRunningError:
+        return False
+    return True
+
+
+def say(loaded: Config, command: str, **arguments: bool) -> None:
+    """Ask the controller of this node and print what it answers."""
+    print(control.request(loaded.node.controller, command, timeout_s=SWITCH_S, **arguments)["message"])
+
+
+def switchover(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
+    """Move the application to the other node, from either node: addresses, services, role. Needs both controllers."""
+    say(load(context, config, node), "switchover")
+
+
+def maintenance(
+    context: typer.Context,
+    state: Annotated[str, typer.Argument(metavar="on|off")],
+    config: ConfigFile = None,
+    node: NodeName = None,
+) -> None:
+    """Let the controllers of both nodes do nothing automatically, or let them again. `off` ends a hold, too."""
+    if state not in ("on", "off"):
+        raise UsageError(f"{state!r} is neither on nor off")
+    say(load(context, config, node), "maintenance", on=state == "on")
+
+
+def controller(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
+    """Look after the pair, in the foreground: watch, fail over, move addresses and services."""
+    loaded = load(context, config, node)
+    configure_logging()
+
+    from mirrorfs.controller import run
+
+    run(loaded)
+
+
+def make_key(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
+    """Make the key that both controllers share; copy it to the other node then."""
+    loaded = load(context, config, node)
+    if loaded.failover is None:
+        raise UsageError(f"{loaded.file}: [failover] is missing: no controller, no key")
+
+    from mirrorfs import heartbeat
+
+    heartbeat.make_key(loaded.failover.key_file)
+    print(f"{loaded.failover.key_file} is made: copy it to the other node, mode 0600")

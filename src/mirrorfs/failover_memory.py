@@ -1,0 +1,74 @@
+"""What a controller must still know when it is started again: maintenance, the failovers of late, the other node's MACs."""
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mirrorfs.core.controller import Budget
+
+log = logging.getLogger(__name__)
+
+
+class Memory:
+    """A small JSON file. Nothing that it says can cost data: one that cannot be read is begun anew, one that cannot be written
+    is told of, and the controller goes on."""
+
+    def __init__(self, path: Path, *, max_failovers: int, window_s: float) -> None:
+        self._path = path
+        content = self._read()
+        self.maintenance_count = int(content.get("maintenance_count", 0))
+        self.maintenance = bool(content.get("maintenance", False))
+        self.failovers = Budget(max_failovers, window_s, tuple(float(moment) for moment in content.get("failovers", ())))
+        self.peer_macs: tuple[str, ...] = tuple(map(str, content.get("peer_macs", ())))
+
+    def count_failover(self, now: float) -> None:
+        """One more at this UNIX time."""
+        self.failovers = self.failovers.spend(now)
+        self._write()
+
+    def set_maintenance(self, on: bool) -> None:
+        """A person's word on this node: newer than whatever was said before."""
+        self.maintenance_count, self.maintenance = self.maintenance_count + 1, on
+        self._write()
+
+    def hear(self, count: int, on: bool, macs: tuple[str, ...]) -> None:
+        """What the other controller says: of maintenance the newer word counts, and on before off."""
+        newer = (count, on) > (self.maintenance_count, self.maintenance)
+        if newer:
+            self.maintenance_count, self.maintenance = count, on
+        if newer or (macs and macs != self.peer_macs):
+            self.peer_macs = macs or self.peer_macs
+            self._write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("%s: cannot be read (%s), begun anew", self._path, error)
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _write(self) -> None:
+        fresh = self._path.with_suffix(".new")
+        content = {
+            "maintenance_count": self.maintenance_count,
+            "maintenance": self.maintenance,
+            "failovers": self.failovers.spent,
+            "peer_macs": self.peer_macs,
+        }
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(fresh, "w") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+            log.warning("%s: cannot be written: %s", self._path, error.strerror)

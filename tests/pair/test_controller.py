@@ -1,0 +1,171 @@
+"""Two controllers on a real pair: a small service behind a virtual address, and what happens to it."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mirrorfs.errors import MirrorfsError
+from mirrorfs.lab import cluster, public
+from mirrorfs.lab.cluster import ADDRESS, Cluster
+from mirrorfs.lab.pair import wait_for
+
+pytestmark = pytest.mark.root
+
+#: Answers each connection with the name of its host, which it has written to the mount before.
+SERVICE = '''
+[[service]]
+name = "echo"
+start = """cat > $LAB_MOUNT/echo.py <<'END'
+import os, pathlib, socket, sys
+pathlib.Path(sys.argv[1], "served-by").write_text(sys.argv[2])
+server = socket.create_server(("", 7000))
+while True:
+    connection, _ = server.accept()
+    connection.sendall(pathlib.Path(sys.argv[1], "served-by").read_bytes())
+    connection.close()
+END
+setsid --fork python3 $LAB_MOUNT/echo.py $LAB_MOUNT $(basename $LAB_HOME) >/dev/null 2>&1"""
+stop = "pkill -KILL -f $LAB_MOUNT/echo.py || true"
+start_timeout = "10s"
+[[service.check]]
+tcp = "127.0.0.1:7000"
+interval = "300ms"
+'''
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(services: str = SERVICE, *, start: bool = True, **options: str) -> Cluster:
+        directory = tmp_path / f"lab{len(made)}"
+        text = cluster.sections(directory, services, failover='detection_timeout = "1500ms"', **options)
+        made.append(Cluster(directory, text, options={"ack_timeout": "1s", "freeze_timeout": "3s"}))
+        if start:
+            made[-1].start_controllers()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def served_by(site: Cluster) -> str:
+    """Who answers at the virtual address, "" if nobody does."""
+    ask = f"import socket; print(socket.create_connection(('{ADDRESS}', 7000), timeout=1).recv(100).decode())"
+    name = site.at_desk("python3", "-c", ask).stdout.strip()
+    return name.rpartition("-")[2]
+
+
+def wait_served_by(site: Cluster, name: str) -> None:
+    wait_for(lambda: served_by(site) == name, f"{name} answers at the address")
+
+
+def test_a_node_that_dies_is_replaced_and_comes_back_as_the_standby(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    wait_served_by(site, "one")
+    site.kill_host("one")
+    wait_served_by(site, "two")
+    site.lab.one.start()
+    site.start_controller("one")
+    site.lab.wait_mirrored()
+    assert site.lab.primary() is site.lab.two
+    assert site.posture("one") == "idle"
+
+
+def test_a_mount_that_dies_alone_is_replaced_at_once(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    site.lab.one.kill()
+    wait_served_by(site, "two")
+    assert site.posture("one") == "idle"
+    site.lab.one.start()
+    site.lab.wait_mirrored()
+
+
+def test_a_mount_that_hangs_is_killed_and_replaced(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    for pid in site.lab.one.pids():
+        os.kill(pid, signal.SIGSTOP)
+    wait_served_by(site, "two")
+    wait_for(lambda: not site.lab.one.pids(), "the mount that hangs is killed")
+
+
+def test_a_switch_over_moves_everything_from_either_node(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    assert "serves" in site.command("two", "promote")
+    wait_served_by(site, "two")
+    site.lab.wait_mirrored()
+    assert "serves" in site.command("two", "switchover")
+    wait_served_by(site, "one")
+    assert site.posture("two") == "idle"
+
+
+def test_an_isolated_node_gives_up_and_follows_afterwards(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    site.lab.cut()
+    public.unplug(site.lab.network, "one")
+    wait_served_by(site, "two")
+    wait_for(lambda: site.posture("one") == "idle", "one has stopped")
+    said = site.says("one")
+    assert said is not None
+    assert said["addresses"] == "down"
+    site.lab.heal()
+    site.lab.wait_mirrored()
+    assert site.lab.primary() is site.lab.two
+
+
+def test_without_the_arbiter_a_healthy_pair_goes_on(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    site.etcd.stop_member(0)
+    wait_for(lambda: not site.lab.one.status()["arbiter"]["answers"], "one says that the arbiter is gone")
+    assert served_by(site) == "one"
+    assert "serves" in site.command("one", "switchover")
+    wait_served_by(site, "two")
+
+
+def test_in_maintenance_nothing_is_done(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    site.command("two", "maintenance", on=True)
+    wait_for(lambda: bool((site.says("one") or {}).get("maintenance")), "the other controller knows")
+    site.lab.one.kill()
+    wait_for(lambda: site.posture("one") == "idle", "one has stopped")
+    wait_for(lambda: site.lab.two.status()["peer"]["state"] == "disconnected", "two has noticed")
+    assert site.posture("two") == "idle"
+    site.command("two", "maintenance", on=False)
+    wait_served_by(site, "two")
+
+
+def test_a_killed_controller_leaves_no_address_and_a_new_one_takes_the_application_over(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    site = make_cluster()
+    site.kill_controller("one")
+    shown = ("ip", "-o", "address", "show", "to", ADDRESS)
+    wait_for(lambda: site.lab.one.run(*shown, capture_output=True).stdout == b"", "the kernel has dropped the address")
+    pids = site.lab.one.run("pgrep", "-f", "echo.py", capture_output=True).stdout
+    site.start_controller("one")
+    wait_served_by(site, "one")
+    assert site.lab.one.run("pgrep", "-f", "echo.py", capture_output=True).stdout == pids, "it was not started anew"
+
+
+def test_a_service_that_does_not_start_anywhere_ends_in_a_hold_that_says_why(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster('[[service]]\nname = "bad"\nstart = "echo no license; exit 3"\n', start=False)
+    for name in ("one", "two"):
+        site.start_controller(name)
+    wait_for(lambda: "held" in (site.posture("one"), site.posture("two")), "it stops and says so")
+    name = next(name for name in ("one", "two") if site.posture(name) == "held")
+    said = site.says(name)
+    assert said is not None
+    assert "no license" in said["trouble"]
+    assert said["addresses"] == "down"
+
+
+def test_a_controller_without_its_key_says_what_to_do(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster(start=False)
+    Path(f"{site.lab.dir}.key").rename(f"{site.lab.dir}.key.away")
+    with pytest.raises(MirrorfsError, match="make-key"):
+        site.start_controller("one")
+    Path(f"{site.lab.dir}.key.away").rename(f"{site.lab.dir}.key")
