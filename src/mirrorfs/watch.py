@@ -75,6 +75,7 @@ class MountWatch:
         self._interval_s = interval_s
         self._answer = _Awaited()
         self._statfs = _Awaited()
+        self._listens = False
         self._has_answered = False  # since somebody listens
         self._known = trio.Event()
         self._trouble = ""
@@ -109,6 +110,8 @@ class MountWatch:
             self._judge(self.status)
 
     def _judge(self, status: dict[str, Any] | None) -> None:
+        if not self._listens:
+            return
         if max(self._answer.waited_s, self._statfs.waited_s) >= self._deadline_s:
             self._tell(Condition.HUNG, status)
         elif self._has_answered:
@@ -123,8 +126,14 @@ class MountWatch:
         self.condition, self.status = condition, status
         self.on_change()
 
+    def _complain(self, trouble: str) -> None:
+        """Log what is wrong once, until it is something else or nothing."""
+        if trouble and trouble != self._trouble:
+            log.warning("%s: %s", self._socket, trouble)
+        self._trouble = trouble
+
     def _stopped(self) -> None:
-        self._has_answered = False
+        self._listens = self._has_answered = False
         self._answer.end()
         if not self._limiter.borrowed_tokens:  # what still hangs there hangs for the next node too
             self._statfs.end()
@@ -160,14 +169,14 @@ class MountWatch:
             self._stopped()
         except BlockingIOError:
             # Its backlog is full: somebody listens, and accepts nothing. trio would take it for a connection.
-            self._answer.begin()
+            self._listens = True
         except OSError as error:
             # Too many open files, say: that is our own trouble, and tells nothing of the node.
-            if self._trouble != str(error):
-                self._trouble = str(error)
-                log.warning("%s: cannot be used (%s)", self._socket, error.strerror or error)
+            self._complain(f"cannot be used ({error.strerror or error})")
+            self._answer.end()
             self._known.set()
         else:
+            self._listens = True
             return trio.SocketStream(trio.socket.from_stdlib_socket(made))
         return None
 
@@ -186,7 +195,9 @@ class MountWatch:
                     received += chunk
                 self._answer.end()
                 self._has_answered = answered = True
-                self._judge(_status(bytes(received)))
+                status = _status(bytes(received))
+                self._complain("the node's answer is no status, is it of another version?" if status is None else "")
+                self._judge(status)
                 with trio.move_on_after(self._interval_s):
                     # It has nothing to say until it is asked, so this tells when it ends.
                     await stream.receive_some()
@@ -203,8 +214,7 @@ class MountWatch:
                 self._statfs.begin()
                 if await self._statfs_answers(path):
                     self._statfs.end()
-                if self._has_answered:
-                    self._judge(self.status)
+                self._judge(self.status)
             await trio.sleep(self._interval_s)
 
     async def _statfs_answers(self, path: str) -> bool:
@@ -224,5 +234,4 @@ def _status(line: bytes) -> dict[str, Any] | None:
                 return status
     except (ValueError, RecursionError):
         pass
-    log.warning("the node's answer is no status: %r", line[:200])
     return None

@@ -172,8 +172,15 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="With --returns: also a million files, and a million writes alone.")
     ] = False,
+    drills: Annotated[bool, typer.Option("--failovers", help="Measure failovers instead, a table of seconds.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="With --failovers: how often each.")] = 20,
+    only: Annotated[list[str] | None, typer.Option("--drill", help="With --failovers: this one. Repeatable.")] = None,
 ) -> None:
     """Measure native, mounted alone and mirrored in one run, and print the ratios; needs root."""
+    if drills:
+        from mirrorfs.lab import drills as story
+
+        raise typer.Exit(story.run(directory=directory, runs=runs, only=only or [], as_json=False))
     if returns:
         from mirrorfs.lab import returns as costs
 

@@ -33,17 +33,20 @@ interface = "{public.INTERFACE}"
 """
 
 
-def postgresql(programs: Path) -> str:
+def postgresql(programs: Path, *, restarts: int = 3) -> str:
     """The PostgreSQL on the mount as a service; $LAB_MOUNT is the host's, $LAB_HOME its directory."""
     control_program = f"{' '.join(as_postgres(str(programs / 'pg_ctl')))} -D $LAB_MOUNT/postgresql -w"
-    options = "-c listen_addresses=* -c unix_socket_directories=/tmp"
+    options = "-c listen_addresses=* -c unix_socket_directories="
+    # The hosts of a lab share their process ids, so a server that still ends on the other one would be taken for one of this.
+    lock = "rm -f $LAB_MOUNT/postgresql/postmaster.pid"
     return f"""
 [[service]]
 name = "postgresql"
-start = "cd /; {control_program} -l $LAB_HOME-postgresql.log -o '{options}' start"
+start = "cd /; {lock}; {control_program} -l $LAB_HOME-postgresql.log -o '{options}' start"
 stop = "cd /; {control_program} -m fast stop"
 start_timeout = "60s"
 stop_timeout = "20s"
+restarts = {restarts}
 [[service.check]]
 tcp = "127.0.0.1:5432"
 interval = "500ms"
