@@ -7,6 +7,7 @@ say that it is gone, and so that one that was set back is given the present epoc
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,10 +16,11 @@ import trio
 from mirrorfs.arbiter import Arbiter, ArbiterUnreachableError, Etcd, Isolation, Reading
 from mirrorfs.config import Config
 from mirrorfs.core import claims
+from mirrorfs.core import operations as ops
 from mirrorfs.core.claims import Found
 from mirrorfs.core.epochs import Epoch, Seen
 from mirrorfs.core.modes import Mode
-from mirrorfs.errors import ClaimLostError, JournalError, NoAnswerError
+from mirrorfs.errors import ClaimLostError, JournalError, MirrorfsError, NoAnswerError
 from mirrorfs.keeper import Keeper
 from mirrorfs.replication import Primary
 
@@ -76,8 +78,13 @@ class Arbitration:
 
     # ---- when the other node is lost
 
-    async def claim(self, *, force: bool = False) -> Grant | None:
-        """Ask for an epoch of this node alone. None where there is nobody to ask, and nothing stands against it.
+    def begin_anew(self) -> None:
+        """This node follows, and its tags without an answer count as the other one's from now on: it must not ask with them."""
+        self._tag = ""
+
+    async def claim(self, *, force: bool = False, wanted: Callable[[], bool] = lambda: True) -> Grant | None:
+        """Ask for an epoch of this node alone, as long as it is `wanted`. None where there is nobody to ask, and nothing stands
+        against it.
 
         ClaimLostError if the other node went on; NoAnswerError if nobody knows: this node must not go on, and may ask again.
         """
@@ -86,20 +93,23 @@ class Arbitration:
             return None
         async with self._asking:
             try:
-                grant = await self._claim(self._arbiter, force=force)
+                grant = await self._claim(self._arbiter, force=force, wanted=wanted)
             except NoAnswerError as error:
                 self._note_failure(str(error))
                 raise
             self._note_success()
             return grant
 
-    async def _claim(self, arbiter: Arbiter, *, force: bool) -> Grant:
+    async def _claim(self, arbiter: Arbiter, *, force: bool, wanted: Callable[[], bool]) -> Grant:
         # Durable before it is asked for, so that who crashes as the winner still knows its own. The same tag is asked for again
         # until it is answered.
         self._tag = self._tag or os.urandom(8).hex()
         await self._keeper.note_claim(self._tag)
         for _ in range(_TRIES):
-            record, found = self._keeper.record, await self._read(arbiter)
+            found = await self._read(arbiter)
+            if not wanted():
+                raise NoAnswerError("nobody wants to know any more")
+            record = self._keeper.record
             match claims.to_go_on(record, found, force=force):
                 case claims.Lost(reason):
                     raise ClaimLostError(reason)
@@ -115,7 +125,13 @@ class Arbitration:
         raise NoAnswerError(f"the record at the arbiter ({arbiter.name}) keeps changing")
 
     async def _check_isolation(self) -> None:
-        if self._isolation is not None and not await self._isolation.is_reachable():
+        if self._isolation is None:
+            return
+        try:
+            reachable = await self._isolation.is_reachable()
+        except MirrorfsError as error:
+            raise NoAnswerError(str(error)) from None
+        if not reachable:
             raise NoAnswerError(
                 f"neither the other node nor {self._node.config.arbiter.isolation_check} (isolation_check) answers: it is this "
                 "node that is cut off"
@@ -126,7 +142,7 @@ class Arbitration:
         node = self._node
         while node.primary is primary and primary.waits_for_grant:
             try:
-                grant = await self.claim()
+                grant = await self.claim(wanted=lambda: node.primary is primary and primary.waits_for_grant)
                 async with node.promotion.lock:
                     if node.primary is primary and primary.waits_for_grant:
                         await primary.go_on_alone(grant, wrote=wrote)
@@ -134,7 +150,8 @@ class Arbitration:
             except ClaimLostError as error:
                 await self._stop(primary, f"deposed: {error}")
             except NoAnswerError as error:
-                node.frozen(f"frozen: {error}")
+                if primary.waits_for_grant:
+                    node.frozen(f"frozen: {error}")
                 await trio.sleep(_RETRY_S)
             except JournalError:
                 return  # the daemon ends, as `Keeper.failed` had it
@@ -187,7 +204,9 @@ class Arbitration:
             case None:
                 await self._keeper.note_arbiter(found.seen)
                 self._published = record.epoch.tag
-            case claims.Swap(expected):
+            case claims.Swap(expected) | claims.AskPeer(expected) as answer:
+                if isinstance(answer, claims.AskPeer) and not await _peer_follows(primary):
+                    return
                 seen = await self._swap(arbiter, expected, record.epoch)
                 if seen is not None:
                     await self._keeper.note_arbiter(seen)
@@ -248,6 +267,15 @@ class Arbitration:
         """Give its connections back."""
         if self._arbiter is not None:
             await self._arbiter.aclose()
+
+
+async def _peer_follows(primary: Primary) -> bool:
+    """Whether the peer, in sync, acknowledges something that is sent only now."""
+    stream = primary.stream
+    if stream is None or primary.mode is not Mode.MIRRORED:
+        return False
+    acknowledged = await stream.applied(stream.put(ops.Marked(primary.activity.marked)))
+    return acknowledged and primary.stream is stream and primary.mode is Mode.MIRRORED
 
 
 def _found(reading: Reading) -> Found:

@@ -212,6 +212,7 @@ class Conversation:
                 await node.keeper.begin_alone()
                 await node.lead(verdict.reason)
             primary = node.primary
+            await node.keeper.take_claims(theirs.record.claims)
         if primary is None:
             return
         started = time.monotonic()
@@ -266,6 +267,7 @@ class Conversation:
         if not quick:
             await node.activity.distrust()
         await node.keeper.adopt(record, Standing.RESYNCING, reason)
+        node.arbitration.begin_anew()
         node.discard_local_data, node.peer_progress = False, None
         if not is_continued:
             await trio.to_thread.run_sync(empty_orphans, node.orphans)

@@ -265,7 +265,9 @@ def _read_check(part: Table) -> CheckConfig:
 
 
 def _target_problem(kind: str, target: str) -> str:
-    if kind == "tcp" and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):[0-9]{1,5}", target):
+    if kind == "tcp" and not (
+        re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):[0-9]{1,5}", target) and 1 <= int(target.rpartition(":")[2]) <= 65535
+    ):
         return 'is not HOST:PORT, as in "127.0.0.1:5432" or "[::1]:5432"'
     if kind == "http" and not re.fullmatch(r"https?://\S+", target):
         return "is not a URL that begins with http:// or https://"

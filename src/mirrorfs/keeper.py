@@ -146,6 +146,14 @@ class Keeper:
             lambda record: record if tag in record.claims else replace(record, claims=(*record.claims, tag)[-_CLAIMS:])
         )
 
+    async def take_claims(self, theirs: tuple[str, ...]) -> None:
+        """The other node follows, durably: what it asked the arbiter for and may still be granted counts as this node's."""
+        await self._save(
+            lambda record: replace(
+                record, claims=(*record.claims, *(tag for tag in theirs if tag not in record.claims))[-_CLAIMS:]
+            )
+        )
+
     async def note_arbiter(self, seen: Seen) -> None:
         """Remember how the arbiter was when it held what is right; that its store has grown since then is not worth a write."""
 

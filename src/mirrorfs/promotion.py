@@ -151,10 +151,13 @@ class Promotion:
         """What the arbiter says, and whether the promotion is by force then; raises RefusedError if it stands against it."""
         arbitration = self._node.arbitration
         try:
-            return await arbitration.claim(force=forced), forced
-        except ClaimLostError as error:
-            if force:
+            try:
+                return await arbitration.claim(force=forced), forced
+            except ClaimLostError:
+                if not force:
+                    raise
                 return await arbitration.claim(force=True), True
+        except ClaimLostError as error:
             raise RefusedError(f"{error}: what it acknowledged is missing here (--force promotes all the same)") from None
         except NoAnswerError as error:
             if force:

@@ -130,7 +130,7 @@ class Table:
         if seconds <= 0:
             raise self.error(key, f"{shown(value)} is no time at all, make it longer than 0")
         if seconds > longest_s:
-            longest = "24h" if longest_s == LONGEST_DURATION_S else f"{longest_s / _UNITS_S['d']:g}d"
+            longest = next(f"{longest_s / _UNITS_S[u]:g}{u}" for u in ("d", "h", "min") if longest_s > _UNITS_S[u] or u == "min")
             raise self.error(key, f"{shown(value)} is too long, make it {longest} or less")
         return seconds
 

@@ -170,6 +170,7 @@ class MountWatch:
         except BlockingIOError:
             # Its backlog is full: somebody listens, and accepts nothing. trio would take it for a connection.
             self._listens = True
+            self._answer.begin()
         except OSError as error:
             # Too many open files, say: that is our own trouble, and tells nothing of the node.
             self._complain(f"cannot be used ({error.strerror or error})")

@@ -120,7 +120,9 @@ async def test_without_a_node_it_is_stopped(path: Path, autojump_clock: MockCloc
 
 
 @pytest.mark.parametrize("kind", ["stale", "file", "no directory"])
-async def test_a_socket_that_nobody_serves_is_stopped(path: Path, autojump_clock: MockClock, kind: str) -> None:
+async def test_a_socket_that_nobody_serves_is_stopped(
+    path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     if kind == "stale":
         with listening(path):
             pass
@@ -132,6 +134,7 @@ async def test_a_socket_that_nobody_serves_is_stopped(path: Path, autojump_clock
     async with watching(path) as watched:
         await trio.sleep(10)
         assert watched.watch.condition is STOPPED
+    assert caplog.messages == []
 
 
 async def test_what_a_node_says_is_known_and_each_change_is_told_once(path: Path, autojump_clock: MockClock) -> None:
@@ -217,14 +220,33 @@ async def test_a_node_that_ends_while_it_hangs_is_stopped(path: Path, autojump_c
         assert watched.history == [ANSWERS, HUNG, STOPPED]
 
 
+async def test_a_node_that_starts_is_stopped_until_it_answers_and_has_all_the_time_for_it(
+    path: Path, autojump_clock: MockClock
+) -> None:
+    says = Says()
+    async with watching(path) as watched:
+        for number in range(2):
+            async with node(path, says):
+                says.silent = True
+                await trio.sleep(DEADLINE_S - 0.5)
+                assert watched.watch.condition is STOPPED
+                says.silent = False
+                await watched.until(ANSWERS)
+                says.silent = True
+                await watched.until(HUNG)
+            await watched.until(STOPPED)
+            assert watched.history == [ANSWERS, HUNG, STOPPED] * (number + 1)
+
+
 async def test_a_node_that_ends_each_conversation_answers_nevertheless(path: Path, autojump_clock: MockClock) -> None:
     conversations = 0
 
     async def converse(stream: trio.SocketStream) -> None:
         nonlocal conversations
         conversations += 1
-        await stream.receive_some()
-        await stream.send_all(b'{"ok": {}}\n')
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some()
+            await stream.send_all(b'{"ok": {}}\n')
         await stream.aclose()
 
     with listening(path) as plain:
@@ -278,10 +300,12 @@ async def test_trouble_of_its_own_says_nothing_of_the_node(
             monkeypatch.setattr(socket, "socket", none_left)
         await trio.sleep(30)
         assert watched.history == [ANSWERS]
-        monkeypatch.undo()
-        await watched.until(STOPPED)
+        async with watching(path) as another:
+            assert another.watch.condition is STOPPED
+            monkeypatch.undo()
+            await watched.until(STOPPED)
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert told == [f"{path}: cannot be used (Too many open files)"]
+    assert told == [f"{path}: cannot be used (Too many open files)"] * 2
 
 
 async def test_a_controller_that_stood_still_itself_does_not_blame_the_mount(path: Path, mock_clock: MockClock) -> None:

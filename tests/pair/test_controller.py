@@ -56,8 +56,12 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 def served_by(site: Cluster) -> str:
     """Who answers at the virtual address, "" if nobody does."""
     ask = f"import socket; print(socket.create_connection(('{ADDRESS}', 7000), timeout=1).recv(100).decode())"
-    name = site.at_desk("python3", "-c", ask).stdout.strip()
-    return name.rpartition("-")[2]
+    return site.at_desk("python3", "-c", ask).stdout.strip()
+
+
+def trouble(site: Cluster, name: str) -> str:
+    said = site.says(name)
+    return "" if said is None else str(said["trouble"])
 
 
 def wait_served_by(site: Cluster, name: str) -> None:
@@ -161,6 +165,52 @@ def test_a_service_that_does_not_start_anywhere_ends_in_a_hold_that_says_why(mak
     assert said is not None
     assert "no license" in said["trouble"]
     assert said["addresses"] == "down"
+
+
+def test_an_address_that_another_machine_has_is_not_raised_and_its_mac_is_told(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster(start=False)
+    assert site.at_desk("ip", "address", "add", f"{ADDRESS}/24", "dev", "bridge").returncode == 0
+    for name in ("one", "two"):
+        site.start_controller(name)
+    wait_for(lambda: site.posture("one") == "serving", "the service runs")
+    wait_for(lambda: "in use by another machine" in trouble(site, "one"), "it says so")
+    mac = site.at_desk("cat", "/sys/class/net/bridge/address").stdout.strip()
+    assert mac in trouble(site, "one")
+    assert not site.is_serving("one")
+    assert site.at_desk("ip", "address", "del", f"{ADDRESS}/24", "dev", "bridge").returncode == 0
+    wait_served_by(site, "one")
+
+
+def test_an_interface_that_is_not_there_is_named(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster('[[vip]]\naddress = "10.79.0.101/24"\ninterface = "eth7"\n' + SERVICE, start=False)
+    site.start_controller("one")
+    wait_for(lambda: "eth7" in trouble(site, "one"), "it is named")
+    assert not site.is_serving("one")
+
+
+def test_a_service_that_does_not_stop_is_killed_and_the_role_moves_all_the_same(make_cluster: Callable[..., Cluster]) -> None:
+    stubborn = SERVICE.replace("pkill -KILL -f $LAB_MOUNT/echo.py || true", "sleep 1000") + 'stop_timeout = "1s"\n'
+    place = stubborn.index("[[service.check]]")
+    site = make_cluster(stubborn[:place] + 'stop_timeout = "1s"\n' + stubborn[place:].replace('stop_timeout = "1s"\n', ""))
+    assert "serves" in site.command("one", "switchover")
+    wait_served_by(site, "two")
+    assert "did not stop" in trouble(site, "one")
+
+
+def test_with_another_configuration_on_the_other_node_nothing_happens_by_itself(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    two = site.lab.two
+    two.config.write_text(two.config.read_text().replace('detection_timeout = "1500ms"', 'detection_timeout = "2s"'))
+    site.kill_controller("two")
+    two.kill()
+    two.start()
+    site.start_controller("two")
+    site.lab.wait_mirrored()
+    expected = ['failover.detection_timeout is "2s" here and "1500ms" on one']
+    assert two.status()["differences"] == expected
+    site.kill_host("one")
+    wait_for(lambda: "failover.detection_timeout" in trouble(site, "two"), "two says why it does nothing")
+    assert site.posture("two") in ("idle", "taking")
 
 
 def test_a_controller_without_its_key_says_what_to_do(make_cluster: Callable[..., Cluster]) -> None:

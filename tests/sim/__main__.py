@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Final
 
-from tests.sim import mutations, random_run
+from tests.sim import arbitrated_run, mutations, random_run
 from tests.sim.scenarios import SCENARIOS
 from tests.sim.world import Options, run
 
@@ -25,15 +25,21 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument(
-        "--scenario", choices=["random", *SCENARIOS], default="random", help="a named story instead of random runs"
+        "--scenario",
+        choices=["random", "arbitrated", *SCENARIOS],
+        default="random",
+        help="a named story instead of random runs",
     )
-    parser.add_argument("--mutate", action="store_true", help="take one step of safety away at a time: each must be found")
+    parser.add_argument(
+        "--mutate", nargs="*", metavar="NAME", help="take one step of safety away at a time: each must be found"
+    )
     arguments = parser.parse_args()
-    if arguments.mutate:
-        return _mutate(arguments.first, arguments.seeds or _MUTATION_SEEDS)
+    if arguments.mutate is not None:
+        return _mutate(arguments.mutate, arguments.first, arguments.seeds or _MUTATION_SEEDS)
     seeds = arguments.these or range(arguments.first, arguments.first + (arguments.seeds or _SEEDS))
-    options_of = random_run.options_of if arguments.scenario == "random" else lambda seed: Options(2.0)
-    story = SCENARIOS.get(arguments.scenario, random_run.story)
+    runs = {"random": random_run, "arbitrated": arbitrated_run}.get(arguments.scenario)
+    options_of = runs.options_of if runs else lambda seed: Options(2.0)
+    story = runs.story if runs else SCENARIOS[arguments.scenario]
     began = told = time.monotonic()
     failed = acknowledged = 0
     for seed in seeds:
@@ -54,10 +60,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _mutate(first: int, seeds: int) -> int:
+def _mutate(names: list[str], first: int, seeds: int) -> int:
     """Say which seed finds each mutation; fails if none does."""
     missed = 0
-    for name in mutations.MUTATIONS:
+    for name in names or mutations.MUTATIONS:
         found = mutations.find(name, first, seeds)
         missed += found is None
         print(f"{name}: " + (f"seed {found[0]}: {found[1][:300]}" if found else f"not found by {seeds} seeds"), flush=True)

@@ -110,12 +110,12 @@ class Ledger:
         for register in self.registers.values():
             register.certain = min(register.certain, register.synced)
 
-    def missing_in(self, other: "Ledger") -> list[str]:
-        """What was acknowledged here and can be in no tree of the other."""
+    def missing_in(self, other: "Ledger", *, or_has_had: bool = False) -> list[str]:
+        """What was acknowledged here and can be in no tree of the other; with `or_has_had`, what its memory lost can."""
         missing = []
         for key, register in self.registers.items():
             operation = register.values[register.certain][1]
-            if operation not in other.seen or (key, operation) in other.lost:
+            if operation not in other.seen or ((key, operation) in other.lost and not or_has_had):
                 missing.append(f"{key}: operation {operation}")
         return missing
 

@@ -15,9 +15,11 @@ from mirrorfs.backing import Backing
 from mirrorfs.config import Config, NodeConfig, ReplicationConfig, ResyncConfig
 from mirrorfs.dirty_log import DirtyLog
 from mirrorfs.errors import JournalError, MirrorfsError
+from mirrorfs.failover_config import ArbiterConfig
 from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
+from tests.sim.arbiter import SimulatedArbiter
 from tests.sim.disk import Disk, Image, failure
 from tests.sim.kernel import running
 
@@ -174,6 +176,7 @@ class Machine:
             node(other),
             ReplicationConfig(checkpoint_interval_s=options.checkpoint_interval_s, on_peer_loss=options.on_peer_loss),
             resync=ResyncConfig(rate_limit_bytes_per_s=options.resync_bytes_per_s),
+            arbiter=ArbiterConfig(kind="etcd" if options.arbiter else "none"),
         )
 
     async def _run(
@@ -225,4 +228,5 @@ class Machine:
         activity = Activity(DirtyLog(state, at=process.at), keeper)  # type: ignore[arg-type]
         roots = [kernel.open_root(self.data, name, process) for name in (b"tree", b"orphans")]
         under = Backing(Path("/"), roots[0], roots[1], -1, -1)
-        return Node(self._config(), under, keeper, activity, nursery, discard_local_data=discard_local_data)
+        arbiter = SimulatedArbiter(self.world.arbiter, self.name) if self.world.options.arbiter else None
+        return Node(self._config(), under, keeper, activity, nursery, discard_local_data=discard_local_data, arbiter=arbiter)

@@ -1,6 +1,7 @@
 """What the simulator must find: each mutation takes one step of safety away (`python -m tests.sim --mutate`)."""
 
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -8,16 +9,19 @@ from unittest import mock
 
 import trio
 
+from mirrorfs import arbitration as arbitration_room
 from mirrorfs.activity import Activity
+from mirrorfs.arbitration import Arbitration, Grant
 from mirrorfs.core.epochs import Epoch, Member
 from mirrorfs.core.modes import Mode
+from mirrorfs.errors import NoAnswerError
 from mirrorfs.keeper import Keeper
 from mirrorfs.notes import Notes
 from mirrorfs.replication import Primary
 from mirrorfs.resync.quick import CatchUp
 from mirrorfs.standby import Standby
 from mirrorfs.stream import Stream
-from tests.sim import random_run
+from tests.sim import arbitrated_run, random_run
 from tests.sim.machine import Machine
 from tests.sim.scenarios import SCENARIOS
 from tests.sim.world import Options, World, run
@@ -99,6 +103,54 @@ def _not_counting_the_marks_of_the_peer() -> Iterator[tuple[Any, str, Any]]:
     yield Notes, "peer_marked", property(lambda notes: 0, lambda notes, count: None)
 
 
+def _going_on_without_asking_the_arbiter() -> Iterator[tuple[Any, str, Any]]:
+    yield Arbitration, "is_asked", property(lambda arbitration: False)
+
+
+def _promoting_without_asking_the_arbiter() -> Iterator[tuple[Any, str, Any]]:
+    claim = Arbitration.claim
+
+    async def unasked(arbitration: Arbitration, *, force: bool = False, **options: Any) -> Grant | None:
+        return await claim(arbitration, force=force, **options) if arbitration._node.primary is not None else None
+
+    yield Arbitration, "claim", unasked
+
+
+def _believing_the_record_to_say_so_already() -> Iterator[tuple[Any, str, Any]]:
+    claim = Arbitration._claim
+
+    async def believing(arbitration: Arbitration, arbiter: Any, **options: Any) -> Grant:
+        found = await arbitration._read(arbiter)
+        if found.epoch is not None and {member.node for member in found.epoch.in_sync} == {arbitration._node.name}:
+            return Grant(found.epoch.number + 1, os.urandom(8).hex(), found.seen)
+        return await claim(arbitration, arbiter, **options)
+
+    yield Arbitration, "_claim", believing
+
+
+def _overwriting_the_record_while_mirrored() -> Iterator[tuple[Any, str, Any]]:
+    async def follows(primary: Primary) -> bool:
+        return True
+
+    yield arbitration_room, "_peer_follows", follows
+
+
+def _asking_anew_with_a_tag_that_was_given_up() -> Iterator[tuple[Any, str, Any]]:
+    yield Arbitration, "begin_anew", lambda arbitration: None
+
+
+def _going_on_although_nobody_answers() -> Iterator[tuple[Any, str, Any]]:
+    claim = Arbitration.claim
+
+    async def impatient(arbitration: Arbitration, **options: Any) -> Grant | None:
+        try:
+            return await claim(arbitration, **options)
+        except NoAnswerError:
+            return None
+
+    yield Arbitration, "claim", impatient
+
+
 @dataclass(frozen=True, slots=True)
 class Mutation:
     """A step that is taken away, and the story that must notice; without one, random runs must."""
@@ -116,6 +168,9 @@ class Mutation:
 
     def run(self, seed: int) -> World:
         """One run without that step."""
+        if self.story == "arbitrated":
+            with self.made():
+                return run(seed, arbitrated_run.story, arbitrated_run.options_of(seed))
         story: Callable[[World], Awaitable[None]] = SCENARIOS.get(self.story, random_run.story)
         with self.made():
             return run(seed, story, Options(2.0) if self.story else random_run.options_of(seed))
@@ -134,6 +189,12 @@ MUTATIONS: Final = {
     "not counting the marks of the peer": Mutation(
         _not_counting_the_marks_of_the_peer, "a_primary_is_restored_from_a_snapshot_of_after_its_last_checkpoint"
     ),
+    "going on alone without asking the arbiter": Mutation(_going_on_without_asking_the_arbiter, "arbitrated"),
+    "promoting without asking the arbiter": Mutation(_promoting_without_asking_the_arbiter, "arbitrated"),
+    "believing the record to say so already": Mutation(_believing_the_record_to_say_so_already, "arbitrated"),
+    "asking anew with a tag that was given up": Mutation(_asking_anew_with_a_tag_that_was_given_up, "arbitrated"),
+    "overwriting the record while mirrored": Mutation(_overwriting_the_record_while_mirrored, "arbitrated"),
+    "going on although nobody answers": Mutation(_going_on_although_nobody_answers, "arbitrated"),
     "taking housekeeping for a change": Mutation(
         _taking_housekeeping_for_a_change, "the_link_breaks_when_only_housekeeping_is_under_way"
     ),

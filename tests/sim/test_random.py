@@ -16,6 +16,10 @@ def test_a_sample_of_random_runs_breaks_no_promise() -> None:
     _run("--seeds", _SEEDS)
 
 
+def test_a_sample_of_runs_with_an_arbiter_breaks_no_promise() -> None:
+    _run("--scenario", "arbitrated", "--seeds", str(50 * int(_SEEDS)))
+
+
 def test_seeds_that_found_a_defect_once_break_no_promise() -> None:
     _run("--these", *map(str, _FOUND_ONCE))
 

@@ -30,6 +30,7 @@ from mirrorfs.core.modes import Mode
 from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
+from tests.sim.arbiter import ArbiterStore
 from tests.sim.disk import Disk
 from tests.sim.kernel import Kernel, running
 from tests.sim.ledger import Found, Ledger
@@ -55,6 +56,7 @@ class Options:
     on_peer_loss: Literal["continue", "freeze"] = "continue"
     descriptors: int = 20_000
     resync_bytes_per_s: float = math.inf
+    arbiter: bool = False
 
 
 class _Notes(logging.Handler):
@@ -84,6 +86,7 @@ class World:
         self.nursery: trio.Nursery
         self.network: Network
         self.kernel = Kernel(self._dice("kernel"), trio.current_time)
+        self.arbiter = ArbiterStore(self, self._dice("arbiter"))
         self.machines = {name: Machine(self, name, self._dice(name)) for name in NAMES}
         self.events: list[str] = []
         self.is_followed = False
@@ -297,7 +300,10 @@ class World:
                 self._mixtures.add(epoch.tag)
 
     def _check_overwritten(self, machine: Machine, before: Record, theirs: Record) -> None:
-        missing = self.claim_of(machine, before).missing_in(self.ledger_of(theirs))
+        # Whoever was granted the role alone may have lost power since: what it had and had not fsynced is gone, and this node,
+        # which may have it still, cannot go on in its place.
+        has_had = self.options.arbiter
+        missing = self.claim_of(machine, before).missing_in(self.ledger_of(theirs), or_has_had=has_had)
         if missing and before.standing is Standing.IN_SYNC:
             self.blame(f"{machine.name} gives up what it acknowledged and the other does not have: {missing[:5]}")
         self._check_intact_leads(machine, before, theirs)

@@ -32,6 +32,13 @@ class Swap:
 
 
 @dataclass(frozen=True, slots=True)
+class AskPeer:
+    """As `Swap`, if the peer confirms after this was read that it still follows: then what stands there is no claim of its."""
+
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """Somebody else's epoch stands there: the other node went on, or may have."""
 
@@ -58,18 +65,20 @@ def to_go_on(record: Record, found: Found, *, force: bool = False) -> Swap | Los
     return Lost(_claimed(found.epoch))
 
 
-def to_publish(record: Record, found: Found, *, mirrored: bool) -> Swap | Lost | None:
+def to_publish(record: Record, found: Found, *, mirrored: bool) -> Swap | AskPeer | Lost | None:
     """What a primary does with the record while it serves: nothing if that is right, else it writes its epoch there.
 
-    With the peer in sync it may overwrite whatever there is: who could have been granted anything follows it. Alone it must
-    not.
+    What it does not know it may overwrite only with a peer in sync, and not because it believes so: the peer may have been
+    granted the next epoch already, while this node has not noticed the loss of its link.
     """
     epoch = record.epoch
     assert epoch is not None
     if found.epoch is not None and found.epoch.same(epoch) and not _strange(record, found):
         return None
-    if found.epoch is None or mirrored or (found.volume_id == record.volume_id and _is_known(record, found.epoch)):
+    if found.epoch is None or (found.volume_id == record.volume_id and _is_known(record, found.epoch)):
         return Swap(found.seen.key_revision, epoch.number)
+    if mirrored:
+        return AskPeer(found.seen.key_revision)
     if found.volume_id != record.volume_id:
         return Lost(_other_volume(found))
     return Lost(_claimed(found.epoch))

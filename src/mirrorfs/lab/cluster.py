@@ -42,7 +42,7 @@ def postgresql(programs: Path, *, restarts: int = 3) -> str:
     return f"""
 [[service]]
 name = "postgresql"
-start = "cd /; {lock}; {control_program} -l $LAB_HOME-postgresql.log -o '{options}' start"
+start = "cd /; {lock}; {control_program} -l $LAB_HOME/postgresql.log -o '{options}' start"
 stop = "cd /; {control_program} -m fast stop"
 start_timeout = "60s"
 stop_timeout = "20s"
@@ -62,6 +62,8 @@ class Cluster:
         self._stack = contextlib.ExitStack()
         self._controllers: dict[str, subprocess.Popen[bytes]] = {}
         self._key = Path(f"{directory}.key")
+        self._homes = Path(f"{directory}-servers")  # of what runs on the hosts besides mirrorfs, also as another user
+        self._stack.callback(shutil.rmtree, self._homes, ignore_errors=True)
         self._stack.callback(Lab(directory).down)
         try:
             self.lab = Lab.create(directory, options=options, sections=text, desk=True)
@@ -103,7 +105,10 @@ class Cluster:
     def start_controller(self, name: str) -> None:
         """Start the controller of a host, and wait until it answers."""
         host = self.lab.host(name)
-        environment = pair.node_environment() | {"LAB_MOUNT": str(host.mount), "LAB_HOME": f"/tmp/{host.netns}"}  # noqa: S108
+        home = self._homes / name
+        home.mkdir(parents=True, exist_ok=True)
+        home.chmod(0o777)
+        environment = pair.node_environment() | {"LAB_MOUNT": str(host.mount), "LAB_HOME": str(home)}
         with self.log(name).open("ab") as log:
             self._controllers[name] = host.popen(
                 *(sys.executable, "-m", "mirrorfs", "controller", "--config", str(host.config)),
