@@ -130,7 +130,8 @@ class Table:
         if seconds <= 0:
             raise self.error(key, f"{shown(value)} is no time at all, make it longer than 0")
         if seconds > longest_s:
-            longest = next(f"{longest_s / _UNITS_S[u]:g}{u}" for u in ("d", "h", "min") if longest_s > _UNITS_S[u] or u == "min")
+            unit = next((unit for unit in ("d", "h") if longest_s > _UNITS_S[unit]), "min")
+            longest = f"{longest_s / _UNITS_S[unit]:g}{unit}"
             raise self.error(key, f"{shown(value)} is too long, make it {longest} or less")
         return seconds
 
