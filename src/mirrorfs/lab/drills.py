@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -146,6 +147,8 @@ class Drills:
             self._make_whole()
             primary = self.site.wait_serving().name
             standby = "two" if primary == "one" else "one"
+            # A deposed node whose services still end cannot take over: that would be a second failure, not this one.
+            wait_for(partial(self._is_idle, standby), f"{standby} is idle", 60)
             self._wait_commit_after(time.time())
             time.sleep(_SETTLE_S)
             moment = time.time()
@@ -163,6 +166,9 @@ class Drills:
         figures.acknowledged = len(noted)
         figures.lost = len(noted - self._found())
         return figures
+
+    def _is_idle(self, name: str) -> bool:
+        return self.site.posture(name) == "idle"
 
     def _split(self, figures: Figures, moment: float, gap: float) -> None:
         """Where the time went, by the log of whoever took over."""
