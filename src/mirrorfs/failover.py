@@ -174,7 +174,9 @@ class Controller:
         self._frozen_at = (self._frozen_at or now) if mount is Mount.FROZEN else 0.0
         self._standby_at = (self._standby_at or now) if mount is Mount.FOLLOWS else 0.0
         if mount not in (Mount.STOPPED, Mount.HUNG) and "pid" in status:
-            self._victim = (status["pid"], start_time(status["pid"])) if self._victim is None else self._victim
+            pid = status["pid"]
+            if self._victim is None or self._victim[0] != pid:
+                self._victim = pid, start_time(pid)
         elif mount is Mount.STOPPED:
             self._victim = None
 
@@ -303,6 +305,7 @@ class Controller:
                     raise MirrorfsError(f"not given: {self.application.trouble or self.reason}")
                 await self._news.wait()
             return f"the other node serves, after {trio.current_time() - began:.1f} s"
+        self._give = False  # not by surprise, when the other node is able again
         raise MirrorfsError(f"the other node does not serve after {self._limits.ask_s:g} s: look at `mirrorfs status` there")
 
     async def _take_it(self) -> str:

@@ -29,6 +29,13 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def _later(mine: Seen | None, theirs: Seen | None) -> Seen | None:
+    """What is known of the arbiter: of one cluster the later, of two that of the primary."""
+    if mine is None or theirs is None or mine.cluster != theirs.cluster:
+        return theirs or mine
+    return max(mine, theirs, key=lambda seen: (seen.key_revision, seen.revision))
+
+
 class Keeper:
     """Changes the record, one change at a time; each returns when it is on stable storage.
 
@@ -136,7 +143,7 @@ class Keeper:
                 reason=reason,
                 paused_at=0.0,
                 yields_to="",
-                arbiter=theirs.arbiter or record.arbiter,
+                arbiter=_later(record.arbiter, theirs.arbiter),
             )
         )
 
