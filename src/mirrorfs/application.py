@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -57,7 +58,10 @@ class ServicePort(Protocol):
         """One of them."""
 
     async def running(self) -> dict[str, bool]:
-        """Which are there."""
+        """Which are there, and well."""
+
+    async def left(self) -> list[str]:
+        """Of which anything is there, well or not."""
 
     async def watch(self, on_unwell: Callable[[str, str], None]) -> None:
         """Check them for ever."""
@@ -117,17 +121,22 @@ class Application:
     async def clean_up(self, *, leads: bool) -> None:
         """An earlier controller may have left addresses behind, and services on a node that is not the primary."""
         await self._drop_addresses()
-        if not leads and any((await self._services.running()).values()):
-            log.info("services of an earlier run are stopped: this node is not the primary")
+        if not leads and (left := await self._services.left()):
+            log.info("stopped, since this node is not the primary: %s", ", ".join(left))
             for complaint in await self._services.stop_all():
                 log.error("%s", complaint)
 
-    async def serve(self) -> None:
-        """Start the services, raise the addresses, watch both; ended by `stop`."""
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Start the services, raise the addresses, watch both in a task of `nursery`, until `end` or `stop`."""
         self.state = Services.STARTING
-        async with self._changing:
-            scope = self._serving = trio.CancelScope()
-            with scope:
+        # Made here and not in the task: an `end` may come before that runs.
+        self._serving = trio.CancelScope()
+        nursery.start_soon(self._serve, self._serving)
+
+    async def _serve(self, wanted: trio.CancelScope) -> None:
+        with wanted:
+            async with self._changing:
+                self.state = Services.STARTING
                 if not await self._start():
                     return
                 self.trouble, self.unwell = "", False
@@ -139,6 +148,10 @@ class Application:
         running = await self._services.running()
         try:
             if not running or not all(running.values()):
+                if left := await self._services.left():
+                    log.info("not all services are well, and something is there of %s: started anew", ", ".join(left))
+                    for complaint in await self._services.stop_all():
+                        self.complain(complaint)
                 await self._services.start_all()
         except MirrorfsError as error:
             self.complain(str(error))
@@ -184,9 +197,14 @@ class Application:
                 else:
                     return
 
+    def end(self, nursery: trio.Nursery, before: Callable[[], None]) -> None:
+        """`stop` in a task of `nursery`."""
+        self.state = Services.STOPPING
+        self._serving.cancel()
+        nursery.start_soon(partial(self.stop, before=before))
+
     async def stop(self, *, before: Callable[[], None] = lambda: None) -> None:
         """The addresses first, then the services; in between, what has to be done `before` they can end."""
-        self.state = Services.STOPPING
         self._serving.cancel()
         async with self._changing:
             self.state = Services.STOPPING

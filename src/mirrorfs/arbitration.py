@@ -20,7 +20,7 @@ from mirrorfs.core import operations as ops
 from mirrorfs.core.claims import Found
 from mirrorfs.core.epochs import Epoch, Seen
 from mirrorfs.core.modes import Mode
-from mirrorfs.errors import ClaimLostError, JournalError, MirrorfsError, NoAnswerError
+from mirrorfs.errors import ClaimLostError, JournalError, MirrorfsError, NoAnswerError, RefusedError
 from mirrorfs.keeper import Keeper
 from mirrorfs.replication import Primary
 
@@ -61,6 +61,7 @@ class Arbitration:
         self._isolation = Isolation(check) if (check := node.config.arbiter.isolation_check) else None
         self._published = ""
         self._tag = ""
+        self._replaced = -1
         self._looked = -_LOOK_S
         self._failure = ""
         self._since = time.time()
@@ -75,6 +76,24 @@ class Arbitration:
     def is_asked(self) -> bool:
         """Whether a primary that loses its peer has to ask before it goes on alone."""
         return self._arbiter is not None or self._isolation is not None
+
+    async def check_new(self, *, force: bool) -> None:
+        """A volume is about to be made: RefusedError if the arbiter knows one of that name. With `force` it is to be replaced
+        there."""
+        if self._arbiter is None:
+            return
+        try:
+            found = await self._read(self._arbiter)
+        except NoAnswerError:
+            return  # it is asked again when the record is published
+        if found.epoch is None:
+            return
+        if not force:
+            raise RefusedError(
+                f"the arbiter ({self._arbiter.name}) knows a volume of that name, which {found.epoch.primary} led last, and this "
+                "node has nothing of it; --force makes a new one in its place"
+            )
+        self._replaced = found.seen.key_revision
 
     # ---- when the other node is lost
 
@@ -197,6 +216,8 @@ class Arbitration:
 
     async def _publish(self, arbiter: Arbiter) -> None:
         found = await self._read(arbiter)
+        if found.seen.key_revision == self._replaced:
+            found = Found(found.seen)
         primary, record = self._serves(), self._keeper.record
         if primary is None or record.epoch is None:
             return

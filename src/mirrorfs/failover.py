@@ -7,8 +7,8 @@ how far that has come is what the next look sees.
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, Protocol, assert_never
 
 import trio
@@ -28,6 +28,8 @@ _REQUEST_S: Final = 30.0
 _STATES: Final = {"primary": Mount.LEADS, "solo": Mount.LEADS, "standby": Mount.FOLLOWS, "resyncing": Mount.BEHIND}
 #: More rules than this in one look would be two that undo each other.
 _MOST_RULES: Final = 10
+#: A rule is not logged again while it is one of so many that were taken last.
+_TOLD: Final = 4
 
 
 class MountPort(Protocol):
@@ -62,9 +64,9 @@ class HeartPort(Protocol):
 
 @dataclass(slots=True)
 class _Peer:
-    """What the other controller said last."""
+    """What the other controller said last; before it has said anything, nothing follows from that."""
 
-    mount: Mount = Mount.STOPPED
+    mount: Mount = Mount.WAITING
     posture: Posture = Posture.IDLE
     asks: bool = False
     refuses: str = ""
@@ -87,7 +89,6 @@ class Controller:
         self.reason = "just started"
         self.application = Application(settings, memory, addresses, services, self.wake)
         self.heart: HeartPort
-        self.fired: list[Rule] = []
         self._settings = settings
         self._memory = memory
         self._mount = mount
@@ -102,6 +103,7 @@ class Controller:
         self._take = self._give = self._released = self._refused = False
         self._refusal = ""
         self._victim: tuple[int, str] | None = None
+        self._told: deque[Rule] = deque(maxlen=_TOLD)
 
     # ---- from start to end
 
@@ -139,8 +141,9 @@ class Controller:
         log.error("the controller does not come to rest in %s", self.posture)
 
     def _take_rule(self, rule: Rule) -> None:
-        self.fired.append(rule)
-        log.info("%s -> %s: %s", rule.posture, rule.then, rule.name)
+        # What is tried again every second is told once.
+        log.log(logging.DEBUG if rule in self._told else logging.INFO, "%s -> %s: %s", rule.posture, rule.then, rule.name)
+        self._told.append(rule)
         keeps = self._refused and rule.then is Posture.IDLE
         if rule.posture is Posture.GIVING and self._refused:
             self._refusal = self.application.trouble
@@ -195,7 +198,7 @@ class Controller:
             peer_mount=self._peer.mount,
             peer_posture=self._peer.posture,
             told_to_take=self._take,
-            told_to_give=self._give or self._peer.asks,
+            told_to_give=self._give or (self._peer.asks and not self._refusal),  # a refusal stands until it asks anew
             peer_refuses=bool(self._peer.refuses),
             released=self._released,
             maintenance=self._memory.maintenance,
@@ -212,11 +215,9 @@ class Controller:
     def _do(self, do: Do) -> None:
         match do:
             case Do.START:
-                self.application.state = Services.STARTING
-                self._nursery.start_soon(self.application.serve)
+                self.application.begin(self._nursery)
             case Do.STOP:
-                self.application.state = Services.STOPPING
-                self._nursery.start_soon(partial(self.application.stop, before=self._fence))
+                self.application.end(self._nursery, self._fence)
             case Do.PROMOTE:
                 self._nursery.start_soon(self._request, self.posture, "promote", {"automatic": True})
             case Do.TAKE_OVER:

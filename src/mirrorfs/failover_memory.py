@@ -53,18 +53,20 @@ class Memory:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _write(self) -> None:
-        fresh = self._path.with_suffix(".new")
-        content = {
+    def _content(self) -> dict[str, Any]:
+        return {
             "maintenance_count": self.maintenance_count,
             "maintenance": self.maintenance,
             "failovers": self.failovers.spent,
             "peer_macs": self.peer_macs,
         }
+
+    def _write(self) -> None:
+        fresh = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(fresh, "w") as file:
-                json.dump(content, file)
+                json.dump(self._content(), file)
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(self._path)

@@ -125,7 +125,9 @@ class Promotion:
             forced = self._decide(yes=yes, force=force, automatic=automatic)
             new = node.keeper.record.epoch is None
             grant = None
-            if not new and (automatic or node.arbitration.decides):
+            if new:
+                await node.arbitration.check_new(force=force)
+            elif automatic or node.arbitration.decides:
                 grant, forced = await self._granted(force=force, forced=forced)
             volume_id = node.keeper.record.volume_id or os.urandom(16).hex()
             node.use_volume(volume_id)
@@ -170,6 +172,9 @@ class Promotion:
         met = node.peer if node.connected and not node.split_brain else None
         if met is not None and isinstance(node.verdict, epochs.Resume) and node.verdict.primary == met.node:
             raise MirrorfsError(f"{met.node} is the primary or about to be: promote again when this node follows it")
+        if node.keeper.record.epoch is None and met is not None and met.record.epochs:
+            # Not by force either: there is nothing here that could be kept.
+            raise RefusedError(f"this node holds nothing of the volume yet and {met.node} does: promote {met.node}")
         decision = epochs.may_promote(
             node.keeper.record,
             node.config.node.name,

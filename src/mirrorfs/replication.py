@@ -68,6 +68,7 @@ class Primary:
         self.loss = ""
         self._settings, self._resync = config.replication, config.resync
         self._unsent_from = keeper.next_id()
+        activity.dirty.begin_reign(self._unsent_from)
         self._last_number = 0
         self._disk_failed = disk_failed
         self._changed = trio.Event()
@@ -75,9 +76,8 @@ class Primary:
         self._introductions: Introductions | None = None
         self._times = Settling(tree, self._tell_times)
         self._flush_both = False
-        self.disk_is_bad = False
+        self.disk_is_bad = self.waits_for_grant = False
         self.ask_alone: Callable[[bool], None] | None = None  # given whether changes are under way; None: it need not ask
-        self.waits_for_grant = False
 
     # ---- what fuse_ops calls
 

@@ -130,6 +130,19 @@ class Services:
                 nursery.start_soon(self._look, service, answers)
         return {name: answers[name] for name in self._services}
 
+    async def left(self) -> list[str]:
+        """The services of which anything is there, well or not: an active unit, a process of a start command, or checks that
+        succeed."""
+        running = await self.running()
+        return [name for name, service in self._services.items() if running[name] or await self._has_processes(service)]
+
+    async def _has_processes(self, service: _Service) -> bool:
+        if service.config.unit:
+            state = await commands.run((self._systemctl, "is-active", service.config.unit), timeout_s=KILL_WAIT_S)
+            return state.exit_status == 0 or state.last_line in _ON_ITS_WAY
+        [(variable, value)] = service.mark.items()
+        return bool(await commands.find_marked(variable, value))
+
     async def watch(self, on_unwell: Callable[[str, str], None]) -> None:
         """Run all checks at their intervals until cancelled; a unit without a check is to be active.
 

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Final
 
-from tests.sim import arbitrated_run, mutations, random_run
+from tests.sim import arbitrated_run, failover_run, mutations, random_run
 from tests.sim.scenarios import SCENARIOS
 from tests.sim.world import Options, run
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument(
         "--scenario",
-        choices=["random", "arbitrated", *SCENARIOS],
+        choices=["random", "arbitrated", "failover", *SCENARIOS],
         default="random",
         help="a named story instead of random runs",
     )
@@ -37,7 +37,7 @@ def main() -> int:
     if arguments.mutate is not None:
         return _mutate(arguments.mutate, arguments.first, arguments.seeds or _MUTATION_SEEDS)
     seeds = arguments.these or range(arguments.first, arguments.first + (arguments.seeds or _SEEDS))
-    runs = {"random": random_run, "arbitrated": arbitrated_run}.get(arguments.scenario)
+    runs = {"random": random_run, "arbitrated": arbitrated_run, "failover": failover_run}.get(arguments.scenario)
     options_of = runs.options_of if runs else lambda seed: Options(2.0)
     story = runs.story if runs else SCENARIOS[arguments.scenario]
     began = told = time.monotonic()

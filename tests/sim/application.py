@@ -16,7 +16,8 @@ from mirrorfs.node import Node
 from tests.sim.disk import BLOCK, ROOT, Inode
 from tests.sim.kernel import running
 from tests.sim.ledger import SECTOR, Found, Key, identity
-from tests.sim.machine import Machine, Process
+from tests.sim.machine import Machine
+from tests.sim.processes import Process
 from tests.sim.world import World
 
 CONTEXT: Final[Any] = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)
@@ -78,9 +79,14 @@ class Application:
 
     async def step(self) -> None:
         """One random change, on a node that serves."""
-        machine = self._serving()
-        if machine is None or not self._begin_on(machine):
-            return
+        machine = self.serving()
+        if machine is not None and self._begin_on(machine):
+            try:
+                await self._some_change(machine)
+            finally:
+                running.set(None)  # between two calls it is no part of that process
+
+    async def _some_change(self, machine: Machine) -> None:
         places = self.places(machine)
         directories = [place for place in places if place.inode.is_directory]
         files = [place for place in places if stat.S_ISREG(place.inode.mode)]
@@ -107,7 +113,8 @@ class Application:
             choices += [self._some_unlink, self._some_link, self._some_truncate, self._some_attributes, self._some_close]
         return choices
 
-    def _serving(self) -> Machine | None:
+    def serving(self) -> Machine | None:
+        """The machine that the next change is for."""
         serving = self.world.serving()
         mine = [machine for machine in serving if machine.process is self._process]
         if mine:

@@ -7,7 +7,6 @@ from typing import Final
 import trio
 
 from mirrorfs.errors import MirrorfsError
-from tests.sim.kernel import running
 from tests.sim.machine import Machine
 from tests.sim.pair import Pair
 from tests.sim.random_run import LABELS
@@ -97,8 +96,7 @@ async def ask_for_ever(pair: Pair, machine: Machine) -> None:
         node, process = machine.node, machine.process
         if node is None or process is None or node.primary is not None or node.connected or node.keeper.record.epoch is None:
             continue
-        running.set(process)
-        with suppress(MirrorfsError), process.call():
+        with suppress(MirrorfsError), process.entered(), process.call():
             await node.promotion.promote(yes=False, force=False, automatic=True)
             pair.world.note(f"{machine.name}: promoted by itself")
 

@@ -17,6 +17,8 @@ from pathlib import PurePosixPath
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Protocol, Self
 
+from trio.lowlevel import Task
+
 from tests.sim.disk import BLOCK, ROOT, Disk, Inode, failure
 
 _PROC: Final = "/proc/self/fd/"
@@ -29,6 +31,12 @@ class Living(Protocol):
     """A process, as far as system calls are concerned."""
 
     dead: bool
+    #: Tasks that would run if the process did not stand still; None while it does not.
+    stopped: list[Task] | None
+
+    @property
+    def clock_offset_s(self) -> float:
+        """How far the wall clock of its machine is ahead."""
 
 
 #: The process whose code runs in this task.
@@ -190,7 +198,7 @@ class Kernel:
 
     @property
     def _now(self) -> int:
-        return int((_BEGAN + self._clock()) * 1e9)
+        return int(self._wall() * 1e9)
 
     # ---- descriptors
 
@@ -513,8 +521,10 @@ class Kernel:
         """Stands in for `time`."""
 
         def strftime(form: str, moment: Any = None) -> str:
-            return time.strftime(form, moment or time.gmtime(_BEGAN + self._clock()))
+            return time.strftime(form, moment or time.gmtime(self._wall()))
 
-        return SimpleNamespace(
-            time=lambda: _BEGAN + self._clock(), monotonic=self._clock, strftime=strftime, localtime=time.gmtime
-        )
+        return SimpleNamespace(time=self._wall, monotonic=self._clock, strftime=strftime, localtime=time.gmtime)
+
+    def _wall(self) -> float:
+        process = running.get()
+        return _BEGAN + self._clock() + (process.clock_offset_s if process is not None else 0.0)

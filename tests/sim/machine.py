@@ -1,12 +1,10 @@
 """A machine with two disks, and the processes of mirrorfs that run on it, one after the other."""
 
-import contextlib
 import copy
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -20,51 +18,16 @@ from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
 from tests.sim.arbiter import SimulatedArbiter
-from tests.sim.disk import Disk, Image, failure
+from tests.sim.disk import Disk, Image
 from tests.sim.kernel import running
+from tests.sim.processes import Process
 
 if TYPE_CHECKING:
+    from tests.sim.controllers import ControllerProcess, SimulatedHeart
+    from tests.sim.services import Service
     from tests.sim.world import World
 
 NAMES: Final = ("a", "b")
-_EIO: Final = 5
-
-
-class Process:
-    """One run of mirrorfs. `traps` are labels of calls, and what happens to the machine there."""
-
-    def __init__(self, machine: "Machine", number: int) -> None:
-        self.machine = machine
-        self.name = f"{machine.name}.{number}"
-        self.dead = False
-        self.node: Node | None = None
-        self.stop = trio.Event()
-        self.ended = trio.Event()
-        self.failure: MirrorfsError | None = None
-        self.scope = trio.CancelScope()
-        self.calls: set[trio.CancelScope] = set()
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """A system call of an application: it ends at the latest when the process does."""
-        with trio.CancelScope() as scope:
-            self.calls.add(scope)
-            try:
-                yield
-            finally:
-                self.calls.discard(scope)
-
-    def at(self, label: str) -> None:
-        """Called at each label of the journals and after each frame that was sent."""
-        what = self.machine.traps.pop(label, None)
-        if what is not None and not self.dead:
-            self.machine.world.note(f"{self.machine.name}: {what} at {label}")
-            if what == "power":
-                self.machine.lose_power()
-            else:
-                self.machine.crash()
-        if self.dead:
-            raise failure(_EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +49,13 @@ class Machine:
         self.process: Process | None = None
         self.lost_memory = False
         self.traps: dict[str, str] = {}
+        self.clock_offset_s = 0.0
+        self.controller: ControllerProcess | None = None
+        self.controller_memory: dict[str, Any] = {}
+        self.service: Service | None = None
+        self.service_is_broken = False
+        #: Until when the kernel keeps the virtual address.
+        self.address_until = 0.0
         self._dice = dice
         self._boot = 1
         self._count = 0
@@ -94,6 +64,22 @@ class Machine:
     def node(self) -> Node | None:
         """The node that runs here, once it does."""
         return self.process.node if self.process is not None and not self.process.dead else None
+
+    @property
+    def other(self) -> "Machine":
+        """The other one."""
+        (other,) = (machine for machine in self.world.machines.values() if machine is not self)
+        return other
+
+    @property
+    def heart(self) -> "SimulatedHeart | None":
+        """The heartbeats of the controller that runs here."""
+        return self.controller.heart if self.controller is not None else None
+
+    @property
+    def has_address(self) -> bool:
+        """Whether the virtual address is here."""
+        return trio.current_time() < self.address_until
 
     @property
     def boot(self) -> str:
@@ -117,6 +103,11 @@ class Machine:
     def lose_power(self) -> None:
         """The machine goes down, and what is in its memory with it."""
         self._end(told=False)
+        self.kill_controller()
+        if self.service is not None:
+            self.service.end()
+            self.service = None
+        self.address_until = 0.0
         self.data.lose_power()
         self.state.lose_power()
         self._boot += 1
@@ -129,8 +120,23 @@ class Machine:
             process.scope.cancel()
             for scope in list(process.calls):
                 scope.cancel()
+            process.go_on()
             self.world.network.drop(process, told=told)
             self.world.kernel.close_all(process)
+
+    def lose_disks(self) -> None:
+        """The machine is replaced by a new one of the same name."""
+        self.lose_power()
+        self.data, self.state = Disk(self._dice), Disk(self._dice)
+        self.controller_memory = {}
+        self.lost_memory = False
+
+    def kill_controller(self) -> None:
+        """SIGKILL; its addresses and its service stay."""
+        controller, self.controller = self.controller, None
+        if controller is not None:
+            self.world.note(f"{controller.name}: is killed")
+            controller.end()
 
     async def stop(self) -> None:
         """A clean end."""
@@ -163,7 +169,9 @@ class Machine:
 
     # ---- one run
 
-    def _config(self) -> Config:
+    def config(self) -> Config:
+        """How its node is configured."""
+
         def node(name: str) -> NodeConfig:
             return NodeConfig(name, name, 1, None, Path("/"), Path("/"), Path("/"), (name,))
 
@@ -229,4 +237,4 @@ class Machine:
         roots = [kernel.open_root(self.data, name, process) for name in (b"tree", b"orphans")]
         under = Backing(Path("/"), roots[0], roots[1], -1, -1)
         arbiter = SimulatedArbiter(self.world.arbiter, self.name) if self.world.options.arbiter else None
-        return Node(self._config(), under, keeper, activity, nursery, discard_local_data=discard_local_data, arbiter=arbiter)
+        return Node(self.config(), under, keeper, activity, nursery, discard_local_data=discard_local_data, arbiter=arbiter)

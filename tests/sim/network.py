@@ -17,7 +17,7 @@ from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
 from tests.sim.kernel import running
 
 if TYPE_CHECKING:
-    from tests.sim.machine import Process
+    from tests.sim.processes import Process
 
 _GREETING_S: Final = 5.0
 _REDIAL_S: Final = 0.3
@@ -47,7 +47,7 @@ class End:
     @property
     def is_heard(self) -> bool:
         """Whether the heartbeats of the other end come through."""
-        return not self.other.gone and not self.network.is_cut(self.other, self)
+        return not self.other.gone and self.other.process.stopped is None and not self.network.is_cut(self.other, self)
 
     def send(self, data: bytes) -> None:
         if not self.closed and not self.process.dead:
@@ -81,6 +81,7 @@ class End:
 
     async def carry(self) -> None:
         """Bring what is sent to the other end, in order, until the end of the connection."""
+        running.set(None)  # the kernel's, and not of the process that dialled
         while not self.gone:
             await self._sent.wait()
             self._sent = trio.Event()
@@ -128,7 +129,11 @@ class Network:
         return self.dice.choice((0.0001, 0.0001, 0.0005, 0.002))
 
     def is_cut(self, sender: End, receiver: End) -> bool:
-        return (sender.process.machine.name, receiver.process.machine.name) in self._cuts
+        return self.cuts(sender.process.machine.name, receiver.process.machine.name)
+
+    def cuts(self, sender: str, receiver: str) -> bool:
+        """Whether nothing gets from one to the other."""
+        return (sender, receiver) in self._cuts
 
     def cut(self, sender: str, receiver: str) -> None:
         """Nothing gets from one to the other any more."""

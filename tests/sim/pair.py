@@ -12,7 +12,6 @@ from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, RefusedError
 from mirrorfs.node import Node
 from mirrorfs.status import describe
 from tests.sim.application import Application, found_on
-from tests.sim.kernel import running
 from tests.sim.machine import Machine
 from tests.sim.world import Violation, World
 
@@ -97,10 +96,9 @@ class Pair:
         self.world.note(f"{machine.name}: promote" + " --yes" * yes + " --force" * force)
         process = machine.process
         assert process is not None
-        running.set(process)
         try:
             answer = ""
-            with process.call():
+            with process.entered(), process.call():
                 answer = await node.promotion.promote(yes=yes, force=force)
         except MirrorfsError as error:
             self.world.note(f"{machine.name}: {type(error).__name__}: {error}")
@@ -163,12 +161,7 @@ class Pair:
 
     async def make_whole(self) -> None:
         """Heal the network, start what is down, promote where a person must, until the pair is mirrored."""
-        self.world.network.heal()
-        for machine in self.world.machines.values():
-            machine.traps.clear()
-            machine.data.capacity_blocks = None
-            machine.data.delay_s = 0.0
-            machine.data.fails_to_sync = False
+        self.heal()
         end, waited = trio.current_time() + _PATIENCE_S, 0.0
         while not self.is_mirrored:
             self.world.judge()
@@ -181,13 +174,23 @@ class Pair:
             await trio.sleep(_LOOK_S)
             waited = 0.0 if self.primary is not None and not self._is_split() else waited + _LOOK_S
             if waited > _WAIT_S:
-                await self._decide()
+                await self.decide()
                 waited = 0.0
+
+    def heal(self) -> None:
+        """Mend what surrounds the nodes."""
+        self.world.network.heal()
+        for machine in self.world.machines.values():
+            machine.traps.clear()
+            machine.data.capacity_blocks = None
+            machine.data.delay_s = 0.0
+            machine.data.fails_to_sync = False
 
     def _is_split(self) -> bool:
         return any(machine.node is not None and machine.node.split_brain for machine in (self.a, self.b))
 
-    async def _decide(self) -> None:
+    async def decide(self) -> None:
+        """What a person does about a pair that nobody serves."""
         if self._is_split():
             await self._end_split()
             return
@@ -203,7 +206,7 @@ class Pair:
                 return  # not now
         # Nobody has everything: a person takes what there is.
         self.world.may_lose = True
-        best = max(nodes, key=lambda machine: not machine.lost_memory)
+        best = max(nodes, key=self._worth)
         if best.node is not None:
             self.world.note(f"{best.name}: nobody has everything")
             await self.promote(best, force=True)
@@ -225,6 +228,12 @@ class Pair:
         await loser.stop()
         loser.forget()
         await loser.start(discard_local_data=True)
+
+    @staticmethod
+    def _worth(machine: Machine) -> tuple[bool, bool]:
+        """What a person looks at who has to take one side."""
+        node = machine.node
+        return node is not None and node.keeper.record.epoch is not None, not machine.lost_memory
 
     def check_split(self) -> None:
         """A split brain is one only if each side has what the other lacks, or a promotion was forced."""

@@ -5,6 +5,7 @@ kernel's caches. Everything else is the code that runs in production. All chance
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import logging
@@ -19,29 +20,34 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Final, Literal
-from unittest import mock
 
 import trio
-import trio.testing
 
-from mirrorfs import backing
+from mirrorfs import backing, failover
 from mirrorfs.core.epochs import Epoch, Record, Standing
 from mirrorfs.core.modes import Mode
 from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
 from tests.sim.arbiter import ArbiterStore
+from tests.sim.clock import SimulatedClock, deterministic
 from tests.sim.disk import Disk
 from tests.sim.kernel import Kernel, running
 from tests.sim.ledger import Found, Ledger
-from tests.sim.machine import NAMES, Machine, Process
+from tests.sim.machine import NAMES, Machine
 from tests.sim.network import Network, SimulatedLink, dial, greet
+from tests.sim.processes import Process, Running
 
 #: Rooms of mirrorfs that do not run in the simulator; all others get a simulated `os`, `time`, `shutil` and `backing`.
-_OUTSIDE: Final = ("arbiter", "backing", "cli", "config", "control", "daemon", "journal_show", "lab", "lost", "peer", "session")
+_OUTSIDE: Final = (
+    *("arbiter", "backing", "checks", "cli", "commands", "config", "control", "daemon", "heartbeat", "journal_show", "lab"),
+    *("lost", "neighbours", "peer", "services", "session", "vip", "watch"),
+)
 _SERVING: Final = (Mode.MIRRORED, Mode.ALONE, Mode.LOST)
 _EIO: Final = 5
 _LONGEST_S: Final = 3600.0
+#: Controllers look less often than they do, which is all the same to them and faster.
+_LOOK_S: Final = 0.25
 
 
 class Violation(Exception):  # noqa: N818  # it is a finding, not an error
@@ -68,7 +74,7 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         process = running.get()
-        if not isinstance(process, Process) or process.dead:
+        if not isinstance(process, Running) or process.dead:
             return
         text = record.getMessage()
         self._world.note(f"{process.name}: {record.levelname.lower()}: {text}")
@@ -85,9 +91,16 @@ class World:
         self.dice = random.Random(f"world {seed}")
         self.nursery: trio.Nursery
         self.network: Network
-        self.kernel = Kernel(self._dice("kernel"), trio.current_time)
+        self.clock = SimulatedClock()
+        self.kernel = Kernel(self._dice("kernel"), self.clock.current_time)
         self.arbiter = ArbiterStore(self, self._dice("arbiter"))
         self.machines = {name: Machine(self, name, self._dice(name)) for name in NAMES}
+        #: The network of the clients: who is cut off from it, and who said last that the address is its.
+        self.parted: set[str] = set()
+        self.announced: Machine | None = None
+        self.beats = self._dice("beats")
+        self.beat_loss = 0.0
+        self.services = self.controllers = 0
         self.events: list[str] = []
         self.is_followed = False
         self.story = trio.CancelScope()
@@ -145,7 +158,8 @@ class World:
         self._began = trio.current_time()
         with contextlib.ExitStack() as stack:
             for target, name, value in self._replacements():
-                stack.enter_context(mock.patch.object(target, name, value, create=True))
+                stack.callback(_put_back, target, name, vars(target).get(name))
+                setattr(target, name, value)
             logger.addHandler(notes)
             logger.setLevel(logging.INFO)
             propagate, logger.propagate = logger.propagate, False
@@ -158,6 +172,7 @@ class World:
                     finally:
                         for machine in self.machines.values():
                             machine.crash()
+                            machine.kill_controller()
                         nursery.cancel_scope.cancel()
             finally:
                 logger.removeHandler(notes)
@@ -175,16 +190,10 @@ class World:
             syncfs=kernel.syncfs,
         )
         limits = SimpleNamespace(RLIMIT_NOFILE=0, getrlimit=lambda _: (self.options.descriptors, self.options.descriptors))
-        simulated = {
-            "os": (os, kernel),
-            "time": (time, kernel.time_module()),
-            "shutil": (shutil, kernel),
-            "backing": (backing, calls),
-        }
-        for module in _rooms():
-            for name, (real, stand_in) in simulated.items():
-                if getattr(module, name, None) is real:
-                    yield module, name, stand_in
+        simulated = {"os": kernel, "time": kernel.time_module(), "shutil": kernel, "backing": calls}
+        for module, name in _uses():
+            yield module, name, simulated[name]
+        yield trio, "sleep", self.clock.sleep
         for name in ("journal", "dirty_log"):
             yield _module(name), "open", kernel.open_stream
         yield _module("keeper"), "boot_id", lambda: ""
@@ -198,22 +207,46 @@ class World:
         yield node, "greet", greet
         yield node, "listen", self._listen
         yield node, "dial", self._dial
+        yield failover, "LOOK_S", _LOOK_S
+        yield failover, "start_time", lambda pid: ""
+        yield failover, "kill", lambda pid, started: self._kill(pid)
         yield Keeper, "begin", self._wrap_begin(Keeper.begin)
         yield Keeper, "adopt", self._wrap_adopt(Keeper.adopt)
         yield Node, "lead", self._wrap_lead(Node.lead)
+
+    def _kill(self, pid: int) -> None:
+        for machine in self.machines.values():
+            if machine.process is not None and machine.process.pid == pid:
+                machine.crash()
+
+    def carries(self, network: int, sender: Machine, receiver: Machine) -> bool:
+        """Whether a network, 0 that of the mounts and 1 that of the clients, brings something from one to the other."""
+        if network == 0:
+            return not self.network.cuts(sender.name, receiver.name)
+        return not {sender.name, receiver.name} & self.parted
+
+    @property
+    def reached(self) -> Machine | None:
+        """The machine that the address leads to."""
+        having = [machine for machine in self.machines.values() if machine.has_address and machine.name not in self.parted]
+        return self.announced if self.announced in having else having[0] if having else None
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any, limiter: Any = None) -> Any:
         """A worker thread: it takes a while, and nobody else notices before it is done."""
         process = running.get()
         await trio.lowlevel.checkpoint_if_cancelled()
-        async with limiter or contextlib.AsyncExitStack():
-            with trio.CancelScope(shield=True):
-                slow = process.machine.data.delay_s if isinstance(process, Process) else 0
-                await trio.sleep(self._threads.choice((0.0001, 0.001, 0.001, 0.01)) + slow)
-                if isinstance(process, Process):
-                    process.at(f"call:{getattr(function, '__name__', '')}")
-                result = function(*arguments)
-                await trio.sleep(self._threads.choice((0.0, 0.0001, 0.001)))
+        if limiter is None:
+            return await self._call(process, function, arguments)
+        async with limiter:
+            return await self._call(process, function, arguments)
+
+    async def _call(self, process: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        slow = process.machine.data.delay_s if isinstance(process, Process) else 0
+        await self.clock.pass_by(self._threads.choice((0.0001, 0.001, 0.001, 0.01)) + slow)
+        if isinstance(process, Process):
+            process.at(f"call:{getattr(function, '__name__', '')}")
+        result = function(*arguments)
+        await self.clock.pass_by(self._threads.choice((0.0, 0.0001, 0.001)))
         return result
 
     async def _listen(
@@ -373,7 +406,7 @@ class World:
         """What the state of a machine says, or would say after a loss of power."""
         copy = Disk(random.Random(0))
         copy.restore(disk.now if now else disk.stable)
-        anybody = SimpleNamespace(dead=False)
+        anybody = SimpleNamespace(dead=False, stopped=None)
         path = self.kernel.mount("look", copy, anybody)
         try:
             return Journal(path).load()  # type: ignore[arg-type]  # a path on a simulated disk
@@ -406,10 +439,20 @@ class _Survey:
         pass
 
 
-def _rooms() -> list[Any]:
-    """The modules that run in the simulator."""
+def _put_back(target: Any, name: str, original: Any) -> None:
+    if original is None:
+        delattr(target, name)
+    else:
+        setattr(target, name, original)
+
+
+@functools.cache
+def _uses() -> list[tuple[Any, str]]:
+    """Where the modules that run in the simulator name what is simulated."""
     names = sorted(name for name in sys.modules if name.startswith("mirrorfs."))
-    return [sys.modules[name] for name in names if name.split(".")[1] not in _OUTSIDE]
+    rooms = [sys.modules[name] for name in names if name.split(".")[1] not in _OUTSIDE]
+    real = {"os": os, "time": time, "shutil": shutil, "backing": backing}
+    return [(room, name) for room in rooms for name, module in real.items() if getattr(room, name, None) is module]
 
 
 def _module(name: str) -> Any:
@@ -438,12 +481,6 @@ def run(seed: int, story: Callable[[World], Any], options: Options | None = None
             elif not world.problems:
                 world.blame(str(found))
 
-    scheduler: Any = importlib.import_module("trio._core._run")
-    state = scheduler._r.getstate()
-    scheduler._r.seed(f"scheduler {seed}")
-    try:
-        with mock.patch.object(scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
-            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-    finally:
-        scheduler._r.setstate(state)
+    with deterministic(seed):
+        trio.run(main, clock=world.clock)
     return world

@@ -7,7 +7,8 @@ marks take the place of the exact ones. A busy application touches few extents, 
 call.
 
 A file that was made since `new_from` needs no mark at all: ids grow, it is wholly dirty, and its name is in a marked
-directory or in one that is new itself.
+directory or in one that is new itself. That holds for what this node made as the primary that it is; what another made before
+it is marked as any old file, since the mark that leads to it is on the other's disk and may be dropped there already.
 
 The exact marks are in two generations. `cut` begins a new one; when both nodes have synced what came before the cut,
 `checkpointed` drops the old. What is hot stays so for one generation longer, since what was busy most likely still is.
@@ -240,7 +241,8 @@ class DirtySet:
     def __init__(self, head: Head, entries: Iterable[Entry] = ()) -> None:
         """The set as it was on disk: every mark hot, and dirty."""
         self.head = head
-        #: Files from here on need no durable mark; ahead of `head.new_from` from a cut until its checkpoint.
+        #: Files from here on need no durable mark; ahead of `head.new_from` from a cut until its checkpoint, and for a node
+        #: that began to lead since the last one.
         self.new_from = head.new_from
         self.old = Generation()
         self.now = Generation()
@@ -418,7 +420,12 @@ class DirtySet:
         located: list[Entry] = [self.located[file] for file in files if file in self.located]
         return located + marks
 
-    # ---- checkpoints
+    # ---- reigns and checkpoints
+
+    def begin_reign(self, next_id: int) -> None:
+        """This node leads from here on. No mark of its own leads to what the primary before made: only what is made from
+        `next_id` on needs none."""
+        self.new_from = max(self.new_from, next_id)
 
     def cut(self, new_from: int) -> None:
         """What comes from here on is of a new generation; files with ids from `new_from` on are its new ones."""

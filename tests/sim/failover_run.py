@@ -1,0 +1,222 @@
+"""A random run of a site: servers, an arbiter, controllers, a service behind an address, and what happens to all of them."""
+
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from mirrorfs.errors import MirrorfsError
+from tests.sim.machine import Machine
+from tests.sim.processes import Running
+from tests.sim.random_run import LABELS
+from tests.sim.site import Site
+from tests.sim.world import Options, World
+
+_PAUSES_S: Final = (0.0, 0.01, 0.5, 2.0, 4.0, 8.0)
+
+
+def options_of(seed: int) -> Options:
+    """How the pair of a seed is configured."""
+    dice = random.Random(f"failover {seed}")
+    return Options(checkpoint_interval_s=dice.choice((0.5, 2.0, 10.0)), arbiter=True)
+
+
+class Nemesis:
+    """What happens to a site."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.world = site.world
+        self.dice = random.Random(f"failover nemesis {site.world.seed}")
+
+    async def strike(self) -> None:
+        """One thing that happens."""
+        machine = self.dice.choice((self.site.a, self.site.b))
+        what, often = self._blows()
+        (blow,) = self.dice.choices(what, often)
+        self.world.note(f"nemesis: {blow.__name__[1:].replace('_', ' ')}: {machine.name}")
+        await blow(machine)
+
+    def _blows(self) -> tuple[list[Callable[[Machine], Awaitable[None]]], list[int]]:
+        often = {
+            self._crash: 2,
+            self._power: 2,
+            self._trap: 3,
+            self._disks: 1,
+            self._stall: 3,
+            self._restart: 4,
+            self._cut: 3,
+            self._cut_one_way: 1,
+            self._isolate: 3,
+            self._part: 1,
+            self._heal: 3,
+            self._arbiter_down: 1,
+            self._arbiter_lossy: 1,
+            self._arbiter_away: 2,
+            self._arbiter_back: 1,
+            self._lag: 1,
+            self._controller_crash: 2,
+            self._controller_stall: 1,
+            self._beats_are_lost: 1,
+            self._clock: 2,
+            self._service_crash: 2,
+            self._service_breaks: 1,
+            self._switch_over: 3,
+            self._take_it: 1,
+            self._maintenance: 1,
+        }
+        return list(often), list(often.values())
+
+    # ---- machines and mounts
+
+    async def _crash(self, machine: Machine) -> None:
+        machine.crash()
+
+    async def _power(self, machine: Machine) -> None:
+        self.site.needs_a_person = True
+        machine.lose_power()
+
+    async def _trap(self, machine: Machine) -> None:
+        what = self.dice.choice(("crash", "power"))
+        self.site.needs_a_person |= what == "power"
+        machine.traps[self.dice.choice(LABELS)] = what
+
+    async def _disks(self, machine: Machine) -> None:
+        """A machine is replaced while the other one serves."""
+        if self.site.primary is machine.other:
+            self.site.needs_a_person = True
+            machine.lose_disks()
+
+    async def _stall(self, machine: Machine) -> None:
+        self._stand_still(machine.process)
+
+    async def _controller_stall(self, machine: Machine) -> None:
+        self._stand_still(machine.controller)
+
+    def _stand_still(self, process: Running | None) -> None:
+        if process is not None:
+            process.stand_still()
+            self.world.clock.call_later(self.dice.choice((0.5, 2.0, 5.0, 12.0, 25.0)), process.go_on)
+
+    async def _restart(self, machine: Machine) -> None:
+        await self.site.restart()
+
+    async def _clock(self, machine: Machine) -> None:
+        machine.clock_offset_s += self.dice.choice((-86_400.0, -3600.0, -5.0, 5.0, 3600.0, 86_400.0))
+
+    # ---- networks
+
+    async def _cut(self, machine: Machine) -> None:
+        self.world.network.cut("a", "b")
+        self.world.network.cut("b", "a")
+
+    async def _cut_one_way(self, machine: Machine) -> None:
+        self.world.network.cut(machine.name, machine.other.name)
+
+    async def _isolate(self, machine: Machine) -> None:
+        await self._cut(machine)
+        self.world.parted.add(machine.name)
+        self.world.arbiter.cut_off.add(machine.name)
+
+    async def _part(self, machine: Machine) -> None:
+        self.world.parted.add(machine.name)
+
+    async def _beats_are_lost(self, machine: Machine) -> None:
+        self.world.beat_loss = self.dice.choice((0.3, 1.0))
+
+    async def _heal(self, machine: Machine) -> None:
+        self.world.network.heal()
+        self.world.parted.clear()
+        self.world.beat_loss = 0.0
+
+    # ---- the arbiter
+
+    async def _arbiter_down(self, machine: Machine) -> None:
+        self.world.arbiter.is_down = True
+
+    async def _arbiter_lossy(self, machine: Machine) -> None:
+        self.world.arbiter.loss = 0.4
+
+    async def _arbiter_away(self, machine: Machine) -> None:
+        self.world.arbiter.cut_off.add(machine.name)
+
+    async def _arbiter_back(self, machine: Machine) -> None:
+        self.world.arbiter.heal()
+
+    async def _lag(self, machine: Machine) -> None:
+        """The arbiter comes back when the two cannot see each other again: what it holds is the epoch of before."""
+        self.world.arbiter.is_down = True
+        await self._heal(machine)
+        await self.site.restart()
+        await trio.sleep(4.0)
+        await self._cut(machine)
+        await trio.sleep(3.0)
+        self.world.arbiter.heal()
+
+    # ---- controllers, services, people
+
+    async def _controller_crash(self, machine: Machine) -> None:
+        machine.kill_controller()
+
+    async def _service_crash(self, machine: Machine) -> None:
+        if machine.service is not None:
+            machine.service.crash()
+
+    async def _service_breaks(self, machine: Machine) -> None:
+        machine.service_is_broken = True
+        await self._service_crash(machine)
+
+    async def _switch_over(self, machine: Machine) -> None:
+        self._ask(machine, "switchover")
+
+    async def _take_it(self, machine: Machine) -> None:
+        self._ask(machine, "promote")
+
+    async def _maintenance(self, machine: Machine) -> None:
+        self._ask(machine, "maintenance")
+
+    def _ask(self, machine: Machine, command: str) -> None:
+        process, controller = machine.controller, self.site.controller_of(machine)
+        if process is None or controller is None:
+            return
+
+        async def ask() -> None:
+            with process.entered():
+                await trio.lowlevel.checkpoint()
+                with suppress(MirrorfsError):
+                    answer = await controller.on_command(command, {"on": True})
+                    self.world.note(f"{process.name}: {answer['message']}")
+
+        self.world.nursery.start_soon(ask)
+
+
+async def story(world: World) -> None:
+    """Rounds of trouble; after each everything around is mended, and clients are served again with nobody's help."""
+    dice = random.Random(f"failover story {world.seed}")
+    site = Site(world, preferred=dice.choice(("", "", "", "a")))
+    nemesis = Nemesis(site)
+    await site.open()
+    for _ in range(dice.randint(1, 2)):
+        await trio.sleep(dice.uniform(0, 2))
+        for _ in range(dice.randint(1, 6)):
+            await nemesis.strike()
+            await trio.sleep(dice.choice(_PAUSES_S))
+            _check_history(site)
+        await site.make_whole()
+        _check_history(site)
+        await site.quiet()
+        site.needs_a_person = False
+
+
+def _check_history(site: Site) -> None:
+    """With an arbiter there is one history, unless a person forced another."""
+    site.world.judge()
+    nodes = [machine.node for machine in (site.a, site.b) if machine.node is not None]
+    if any(epoch.forced for node in nodes for epoch in node.keeper.record.epochs):
+        return
+    for node in nodes:
+        if node.split_brain:
+            site.world.blame(f"a split brain in spite of the arbiter: {node.split_brain}")
+    site.world.judge()
