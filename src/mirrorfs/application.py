@@ -4,8 +4,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
-from functools import partial
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -91,7 +90,9 @@ class Application:
         self._services = services
         self._changed = changed
         self._serving = trio.CancelScope()
-        self._changing = trio.Lock()
+        #: Set when what was asked for last has ended.
+        self._over = trio.Event()
+        self._over.set()
         self._restarting = trio.Lock()
         self._budgets = self._fresh_budgets()
 
@@ -129,13 +130,28 @@ class Application:
     def begin(self, nursery: trio.Nursery) -> None:
         """Start the services, raise the addresses, watch both in a task of `nursery`, until `end` or `stop`."""
         self.state = Services.STARTING
-        # Made here and not in the task: an `end` may come before that runs.
         self._serving = trio.CancelScope()
-        nursery.start_soon(self._serve, self._serving)
+        nursery.start_soon(self._serve, self._serving, self._after_the_last())
 
-    async def _serve(self, wanted: trio.CancelScope) -> None:
+    @contextlib.asynccontextmanager
+    async def _in_turn(self, before: trio.Event, over: trio.Event) -> AsyncIterator[None]:
+        try:
+            await before.wait()
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await before.wait()
+            over.set()
+
+    def _after_the_last(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """The turn of what is asked for now: it comes when what was asked for before has ended. It is taken here and not by the
+        task that waits for it, since tasks begin in any order."""
+        before, self._over = self._over, trio.Event()
+        return self._in_turn(before, self._over)
+
+    async def _serve(self, wanted: trio.CancelScope, turn: contextlib.AbstractAsyncContextManager[None]) -> None:
         with wanted:
-            async with self._changing:
+            async with turn:
                 self.state = Services.STARTING
                 if not await self._start():
                     return
@@ -198,15 +214,19 @@ class Application:
                     return
 
     def end(self, nursery: trio.Nursery, before: Callable[[], None]) -> None:
-        """`stop` in a task of `nursery`."""
+        """In a task of `nursery`, the addresses first, then the services; in between, what has to be done `before` they can
+        end."""
         self.state = Services.STOPPING
         self._serving.cancel()
-        nursery.start_soon(partial(self.stop, before=before))
+        nursery.start_soon(self._stop, before, self._after_the_last())
 
-    async def stop(self, *, before: Callable[[], None] = lambda: None) -> None:
-        """The addresses first, then the services; in between, what has to be done `before` they can end."""
+    async def stop(self) -> None:
+        """The same at once."""
         self._serving.cancel()
-        async with self._changing:
+        await self._stop(lambda: None, self._after_the_last())
+
+    async def _stop(self, before: Callable[[], None], turn: contextlib.AbstractAsyncContextManager[None]) -> None:
+        async with turn:
             self.state = Services.STOPPING
             await self._drop_addresses()
             before()

@@ -90,8 +90,8 @@ class Arbitration:
             return
         if not force:
             raise RefusedError(
-                f"the arbiter ({self._arbiter.name}) knows a volume of that name, which {found.epoch.primary} led last, and this "
-                "node has nothing of it; --force makes a new one in its place"
+                f"the arbiter ({self._arbiter.name}) knows a volume of that name, which {found.epoch.primary} led last, and "
+                "this node has nothing of it; --force makes a new one in its place"
             )
         self._replaced = found.seen.key_revision
 

@@ -338,6 +338,20 @@ async def test_what_runs_is_told_by_units_and_checks(logs: Path, systemctl: Path
     assert list(running.items()) == [("up", True), ("down", False), ("well", True), ("half", False), ("unknown", False)]
 
 
+async def test_what_is_left_of_a_service_is_found_though_its_check_fails(tmp_path: Path, logs: Path, systemctl: Path) -> None:
+    flag = tmp_path / "well"
+    flag.touch()
+    well = command_check(f"test -e {flag}")
+    broken = replace(service("broken", daemon(tmp_path, "broken"), "true", well), stop_timeout_s=SHORT_S)
+    services = Services([unit("up", well), unit("down"), broken], logs, str(systemctl))
+    await services.start_all()
+    (systemctl.parent / "down.service.active").unlink()
+    flag.unlink()
+    assert await services.left() == ["up", "broken"]
+    await services.stop_all()
+    assert await services.left() == []
+
+
 # --- units
 
 

@@ -38,7 +38,9 @@ class Pair:
 
     # ---- looking
 
-    async def until(self, condition: Callable[[], bool], what: str, patience_s: float = _PATIENCE_S) -> None:
+    async def until(
+        self, condition: Callable[[], bool], what: str, *, patience_s: float = _PATIENCE_S, look_s: float = 0.05
+    ) -> None:
         """Wait for something; Violation if it does not come."""
         end = trio.current_time() + patience_s
         while not condition():
@@ -46,7 +48,7 @@ class Pair:
             if trio.current_time() > end:
                 states = ", ".join(f"{name}: {self.state(machine)}" for name, machine in self.world.machines.items())
                 raise Violation(f"waited {patience_s:g} s for {what} ({states})")
-            await trio.sleep(0.05)
+            await trio.sleep(look_s)
 
     @staticmethod
     def state(machine: Machine) -> str:

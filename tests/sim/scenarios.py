@@ -326,6 +326,27 @@ async def the_link_breaks_when_only_housekeeping_is_under_way(world: World) -> N
         world.blame("the node that acknowledged nothing alone was followed")
 
 
+async def a_standby_leads_before_it_hears_that_a_checkpoint_is_complete(world: World) -> None:
+    """To its own log the files made since the one before are new; it has to mark what it does to them all the same."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.file(b"x", b"f")
+    await application.make_directory(application.find(b"x"), b"d")
+    assert pair.b.node is not None
+    activity = pair.b.node.activity
+    number = activity.dirty.head.number
+    await pair.until(lambda: activity.dirty.head.number > number, "b's side of a checkpoint", look_s=0.0005)
+    world.network.cut("a", "b")
+    await pair.solo(pair.a)
+    await pair.fail_over(pair.b)
+    application.use(pair.b)
+    await application.write(application.find(b"x", b"f"), 2, 3)
+    await application.create(application.find(b"x", b"d"), b"g")
+    world.network.heal()
+    await pair.mirrored()
+    await pair.quiet()
+
+
 async def _expect_refusal(pair: Pair) -> None:
     try:
         await pair.promote(pair.b)
@@ -352,5 +373,6 @@ SCENARIOS: Final[dict[str, Story]] = {
         a_file_loses_the_name_by_which_its_last_writer_knows_it,
         power_is_lost_just_after_the_volume_was_made,
         the_link_breaks_when_only_housekeeping_is_under_way,
+        a_standby_leads_before_it_hears_that_a_checkpoint_is_complete,
     )
 }
