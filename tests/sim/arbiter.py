@@ -23,6 +23,8 @@ class ArbiterStore:
         self.key_revision = 0
         self.value: bytes | None = None
         self.is_down = False
+        self._cluster = 1
+        self._backups: list[tuple[int, int, bytes | None]] = []
         self.cut_off: set[str] = set()
         #: How often a request or its answer is lost, from 0 to 1.
         self.loss = 0.0
@@ -32,18 +34,31 @@ class ArbiterStore:
         self.is_down, self.loss = False, 0.0
         self.cut_off.clear()
 
+    def restore(self) -> None:
+        """It is what it was some time ago; perhaps others have written to it since, so that this is not seen at once."""
+        if self._backups:
+            self.revision, self.key_revision, self.value = self.dice.choice(self._backups)
+            self.revision += self.dice.choice((0, 0, 100))
+
+    def replace(self) -> None:
+        """There is another one in its place, with nothing in it."""
+        self._cluster += 1
+        self.revision, self.key_revision, self.value = 1, 0, None
+        self._backups.clear()
+
     def reaches(self, name: str) -> bool:
         """Whether this request, or this answer, gets through."""
         return not self.is_down and name not in self.cut_off and self.dice.random() >= self.loss
 
     def reading(self) -> Reading:
         """What is there now."""
-        return Reading("cluster", self.revision, self.key_revision, self.value)
+        return Reading(f"cluster {self._cluster}", self.revision, self.key_revision, self.value)
 
     def swap(self, name: str, expected: int, value: bytes) -> Reading | None:
         """Compare and swap."""
         if self.key_revision != expected:
             return None
+        self._backups.append((self.revision, self.key_revision, self.value))
         self.revision += 1
         self.key_revision, self.value = self.revision, value
         self.world.note(f"arbiter: {name}: {value.decode()[58:]}")

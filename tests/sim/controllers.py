@@ -253,7 +253,7 @@ class ControllerProcess(Running):
         self.go_on()
 
 
-def settings_of(preferred: str) -> FailoverConfig:
+def settings_of(preferred: str, max_failovers: int) -> FailoverConfig:
     """How the controllers of a run are configured."""
     return FailoverConfig(
         Path("/key"),
@@ -261,5 +261,6 @@ def settings_of(preferred: str) -> FailoverConfig:
         failback="preferred" if preferred else "manual",
         preferred=preferred,
         failback_after_s=4.0,
+        max_failovers=max_failovers,
         services=(ServiceConfig("database", start="start", restarts=2, restart_window_s=60.0),),
     )

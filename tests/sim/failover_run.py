@@ -57,6 +57,8 @@ class Nemesis:
             self._arbiter_away: 2,
             self._arbiter_back: 1,
             self._lag: 1,
+            self._arbiter_restored: 1,
+            self._arbiter_replaced: 1,
             self._controller_crash: 2,
             self._controller_stall: 1,
             self._beats_are_lost: 1,
@@ -145,6 +147,13 @@ class Nemesis:
     async def _arbiter_back(self, machine: Machine) -> None:
         self.world.arbiter.heal()
 
+    async def _arbiter_restored(self, machine: Machine) -> None:
+        self.site.may_split = self.site.needs_a_person = True
+        self.world.arbiter.restore()
+
+    async def _arbiter_replaced(self, machine: Machine) -> None:
+        self.world.arbiter.replace()
+
     async def _lag(self, machine: Machine) -> None:
         """The arbiter comes back when the two cannot see each other again: what it holds is the epoch of before."""
         self.world.arbiter.is_down = True
@@ -195,7 +204,7 @@ class Nemesis:
 async def story(world: World) -> None:
     """Rounds of trouble; after each everything around is mended, and clients are served again with nobody's help."""
     dice = random.Random(f"failover story {world.seed}")
-    site = Site(world, preferred=dice.choice(("", "", "", "a")))
+    site = Site(world, preferred=dice.choice(("", "", "", "a")), max_failovers=dice.choice((1, 3, 10)))
     nemesis = Nemesis(site)
     await site.open()
     for _ in range(dice.randint(1, 2)):
@@ -207,14 +216,14 @@ async def story(world: World) -> None:
         await site.make_whole()
         _check_history(site)
         await site.quiet()
-        site.needs_a_person = False
+        site.needs_a_person = site.may_split = False
 
 
 def _check_history(site: Site) -> None:
     """With an arbiter there is one history, unless a person forced another."""
     site.world.judge()
     nodes = [machine.node for machine in (site.a, site.b) if machine.node is not None]
-    if any(epoch.forced for node in nodes for epoch in node.keeper.record.epochs):
+    if site.may_split or any(epoch.forced for node in nodes for epoch in node.keeper.record.epochs):
         return
     for node in nodes:
         if node.split_brain:

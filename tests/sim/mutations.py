@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest import mock
@@ -12,7 +12,7 @@ import trio
 from mirrorfs import arbitration as arbitration_room
 from mirrorfs.activity import Activity
 from mirrorfs.arbitration import Arbitration, Grant
-from mirrorfs.core.epochs import Epoch, Member
+from mirrorfs.core.epochs import Epoch, Member, Record
 from mirrorfs.core.modes import Mode
 from mirrorfs.errors import NoAnswerError
 from mirrorfs.keeper import Keeper
@@ -21,10 +21,8 @@ from mirrorfs.replication import Primary
 from mirrorfs.resync.quick import CatchUp
 from mirrorfs.standby import Standby
 from mirrorfs.stream import Stream
-from tests.sim import arbitrated_run, random_run
+from tests.sim.kernel import Kernel
 from tests.sim.machine import Machine
-from tests.sim.scenarios import SCENARIOS
-from tests.sim.world import Options, World, run
 
 Replacements = Callable[[], Iterable[tuple[Any, str, Any]]]
 
@@ -139,6 +137,16 @@ def _asking_anew_with_a_tag_that_was_given_up() -> Iterator[tuple[Any, str, Any]
     yield Arbitration, "begin_anew", lambda arbitration: None
 
 
+def _beginning_an_epoch_that_is_not_durable() -> Iterator[tuple[Any, str, Any]]:
+    write = Keeper._write
+
+    def unsynced(keeper: Keeper, fresh: Record) -> None:
+        with mock.patch.object(Kernel, "fsync", return_value=None):
+            write(keeper, fresh)
+
+    yield Keeper, "_write", unsynced
+
+
 def _going_on_although_nobody_answers() -> Iterator[tuple[Any, str, Any]]:
     claim = Arbitration.claim
 
@@ -153,10 +161,10 @@ def _going_on_although_nobody_answers() -> Iterator[tuple[Any, str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """A step that is taken away, and the story that must notice; without one, random runs must."""
+    """A step that is taken away, and the story that must notice."""
 
     replacements: Replacements
-    story: str = ""
+    story: str = "random"
 
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
@@ -165,15 +173,6 @@ class Mutation:
             for target, name, value in list(self.replacements()):
                 stack.enter_context(mock.patch.object(target, name, value))
             yield
-
-    def run(self, seed: int) -> World:
-        """One run without that step."""
-        if self.story == "arbitrated":
-            with self.made():
-                return run(seed, arbitrated_run.story, arbitrated_run.options_of(seed))
-        story: Callable[[World], Awaitable[None]] = SCENARIOS.get(self.story, random_run.story)
-        with self.made():
-            return run(seed, story, Options(2.0) if self.story else random_run.options_of(seed))
 
 
 MUTATIONS: Final = {
@@ -189,22 +188,14 @@ MUTATIONS: Final = {
     "not counting the marks of the peer": Mutation(
         _not_counting_the_marks_of_the_peer, "a_primary_is_restored_from_a_snapshot_of_after_its_last_checkpoint"
     ),
-    "going on alone without asking the arbiter": Mutation(_going_on_without_asking_the_arbiter, "arbitrated"),
-    "promoting without asking the arbiter": Mutation(_promoting_without_asking_the_arbiter, "arbitrated"),
-    "believing the record to say so already": Mutation(_believing_the_record_to_say_so_already, "arbitrated"),
-    "asking anew with a tag that was given up": Mutation(_asking_anew_with_a_tag_that_was_given_up, "arbitrated"),
-    "overwriting the record while mirrored": Mutation(_overwriting_the_record_while_mirrored, "arbitrated"),
-    "going on although nobody answers": Mutation(_going_on_although_nobody_answers, "arbitrated"),
+    "going on alone without asking the arbiter": Mutation(_going_on_without_asking_the_arbiter, "failover"),
+    "promoting without asking the arbiter": Mutation(_promoting_without_asking_the_arbiter, "failover"),
+    "believing the record to say so already": Mutation(_believing_the_record_to_say_so_already, "failover"),
+    "asking anew with a tag that was given up": Mutation(_asking_anew_with_a_tag_that_was_given_up, "failover"),
+    "overwriting the record while mirrored": Mutation(_overwriting_the_record_while_mirrored, "failover"),
+    "going on although nobody answers": Mutation(_going_on_although_nobody_answers, "failover"),
+    "beginning an epoch that is not durable": Mutation(_beginning_an_epoch_that_is_not_durable, "failover"),
     "taking housekeeping for a change": Mutation(
         _taking_housekeeping_for_a_change, "the_link_breaks_when_only_housekeeping_is_under_way"
     ),
 }
-
-
-def find(name: str, first: int, seeds: int) -> tuple[int, str] | None:
-    """The first seed that finds a mutation, and what it says; None if none of them does."""
-    for seed in range(first, first + seeds):
-        world = MUTATIONS[name].run(seed)
-        if world.problems:
-            return seed, world.problems[0].splitlines()[0]
-    return None

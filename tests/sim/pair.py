@@ -174,7 +174,7 @@ class Pair:
                 if machine.process is None:
                     await machine.start()
             await trio.sleep(_LOOK_S)
-            waited = 0.0 if self.primary is not None and not self._is_split() else waited + _LOOK_S
+            waited = 0.0 if self.primary is not None and not self.is_split else waited + _LOOK_S
             if waited > _WAIT_S:
                 await self.decide()
                 waited = 0.0
@@ -188,12 +188,14 @@ class Pair:
             machine.data.delay_s = 0.0
             machine.data.fails_to_sync = False
 
-    def _is_split(self) -> bool:
+    @property
+    def is_split(self) -> bool:
+        """Whether a node says that there are two histories."""
         return any(machine.node is not None and machine.node.split_brain for machine in (self.a, self.b))
 
     async def decide(self) -> None:
         """What a person does about a pair that nobody serves."""
-        if self._is_split():
+        if self.is_split:
             await self._end_split()
             return
         nodes = [machine for machine in (self.a, self.b) if machine.node is not None]

@@ -80,6 +80,8 @@ class Service:
             await self._application.step()
             self.is_busy = False
             answered.set()
+        if self.is_over and self.machine.service is self:
+            self.machine.service = None  # killed before, and let go by the mount only now
 
 
 class _Application(Application):

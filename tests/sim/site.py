@@ -21,12 +21,14 @@ _WAIT_S: Final = 30.0
 class Site(Pair):
     """Both machines, their controllers, the client."""
 
-    def __init__(self, world: World, *, preferred: str = "") -> None:
+    def __init__(self, world: World, *, preferred: str = "", max_failovers: int = 3) -> None:
         super().__init__(world, applications=0)
         self.client = Client(world)
-        self.settings = settings_of(preferred)
+        self.settings = settings_of(preferred, max_failovers)
         #: Whether something happened after which only a person can know what to do.
         self.needs_a_person = False
+        #: Whether the arbiter was set back, which is to lose it: what it granted since, it may grant again.
+        self.may_split = False
 
     # ---- looking
 
@@ -128,7 +130,7 @@ class Site(Pair):
             self.world.blame(f"a person is needed for nothing ({self.describe()})")
         self.world.note(f"a person comes ({self.describe()})")
         self.release()
-        if not self.world.serving():
+        if not self.world.serving() or self.is_split:
             await self.decide()
 
     async def quiet(self) -> None:

@@ -98,7 +98,7 @@ async def test_what_is_well_is_adopted_and_what_is_not_is_started_anew(tmp_path:
         async with trio.open_nursery() as nursery:
             one = application(tmp_path, services, Addresses())
             one.begin(nursery)
-            await eventually(lambda: one.state is Services.UP)
+            await eventually(lambda one=one: one.state is Services.UP)  # type: ignore[misc]
             nursery.cancel_scope.cancel()
         assert services.calls == calls
 

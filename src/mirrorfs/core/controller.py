@@ -241,7 +241,6 @@ RULES: Final = (
     Rule(P.GIVING, "it is given", lambda v: v.mount is not Mount.LEADS, P.IDLE, (Do.FORGET,)),
     Rule(P.GIVING, "it is refused", lambda v: v.refused, P.STARTING, (Do.START, Do.FORGET)),
     Rule(P.HELD, "a person has looked", lambda v: v.released, P.IDLE, (Do.FORGET,)),
-    Rule(P.HELD, "the mount does not serve", lambda v: v.services is not Services.DOWN and v.must_stop, P.STOPPING, (Do.STOP,)),
 )
 
 
