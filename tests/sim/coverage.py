@@ -37,11 +37,6 @@ EXPECTED: Final = frozenset(
 )  # fmt: skip
 
 
-def _reason(answer: Any) -> str:
-    text = _VALUES.sub("..", _NAMES.sub("X", getattr(answer, "reason", "")))
-    return f"{type(answer).__name__}: {text}" if text else type(answer).__name__
-
-
 @contextlib.contextmanager
 def counted(taken: Counter[Row]) -> Iterator[None]:
     """Count in `taken` which rows are taken within."""
@@ -63,8 +58,9 @@ def counted(taken: Counter[Row]) -> Iterator[None]:
     def kind(table: str) -> Callable[..., None]:
         def note(answer: Any, *_: Any) -> None:
             taken[table, "nothing" if answer is None else type(answer).__name__] += 1
-            if answer is not None and getattr(answer, "reason", ""):
-                taken[f"{table}, why", _reason(answer)] += 1
+            if reason := getattr(answer, "reason", ""):
+                text = _VALUES.sub("..", _NAMES.sub("X", reason))
+                taken[f"{table}, why", f"{type(answer).__name__}: {text}"] += 1
 
         return note
 

@@ -23,6 +23,9 @@ def options_of(seed: int) -> Options:
     return Options(checkpoint_interval_s=dice.choice((0.5, 2.0, 10.0)), arbiter=True)
 
 
+Blow = Callable[[Machine], Awaitable[None]]
+
+
 class Nemesis:
     """What happens to a site."""
 
@@ -30,22 +33,26 @@ class Nemesis:
         self.site = site
         self.world = site.world
         self.dice = random.Random(f"failover nemesis {site.world.seed}")
+        # Each run knows some of the blows only: what takes a few of a kind in a row would hardly ever happen otherwise.
+        often = self._blows()
+        known = self.dice.sample(list(often), self.dice.randint(4, len(often)))
+        self._often = {blow: often[blow] for blow in known}
 
     async def strike(self) -> None:
         """One thing that happens."""
         machine = self.dice.choice((self.site.a, self.site.b))
-        what, often = self._blows()
-        (blow,) = self.dice.choices(what, often)
+        (blow,) = self.dice.choices(list(self._often), list(self._often.values()))
         self.world.note(f"nemesis: {blow.__name__[1:].replace('_', ' ')}: {machine.name}")
         await blow(machine)
 
-    def _blows(self) -> tuple[list[Callable[[Machine], Awaitable[None]]], list[int]]:
-        often = {
+    def _blows(self) -> dict[Blow, int]:
+        return {
             self._crash: 2,
             self._power: 2,
             self._trap: 3,
             self._disks: 1,
-            self._stall: 3,
+            self._stall: 2,
+            self._pause_of_a_host: 2,
             self._restart: 4,
             self._cut: 3,
             self._cut_one_way: 1,
@@ -69,7 +76,6 @@ class Nemesis:
             self._take_it: 1,
             self._maintenance: 1,
         }
-        return list(often), list(often.values())
 
     # ---- machines and mounts
 
@@ -93,6 +99,17 @@ class Nemesis:
 
     async def _stall(self, machine: Machine) -> None:
         self._stand_still(machine.process)
+
+    async def _pause_of_a_host(self, machine: Machine) -> None:
+        """A host stands still, and is cut off when it goes on: it does not know yet that it was given up."""
+        for process in (machine.process, machine.controller):
+            if process is not None:
+                process.stand_still()
+        await self._cut(machine)
+        await trio.sleep(self.dice.choice((3.0, 7.0, 12.0)))
+        for process in (machine.process, machine.controller):
+            if process is not None:
+                process.go_on()
 
     async def _controller_stall(self, machine: Machine) -> None:
         self._stand_still(machine.controller)
@@ -155,7 +172,11 @@ class Nemesis:
         self.world.arbiter.replace()
 
     async def _lag(self, machine: Machine) -> None:
-        """The arbiter comes back when the two cannot see each other again: what it holds is the epoch of before."""
+        """The arbiter is away while both are in sync again; when they are parted once more it still holds the epoch in which one
+        was alone."""
+        if self.dice.random() < 0.5:
+            await self._cut(machine)
+            await trio.sleep(6.0)
         self.world.arbiter.is_down = True
         await self._heal(machine)
         await self.site.restart()

@@ -126,12 +126,17 @@ class Site(Pair):
                 waited = 0.0
 
     async def _help(self) -> None:
-        if Posture.HELD not in (self.posture(self.a), self.posture(self.b)) and not self.needs_a_person:
+        if not self.needs_a_person and not self._waits_for_a_person:
             self.world.blame(f"a person is needed for nothing ({self.describe()})")
         self.world.note(f"a person comes ({self.describe()})")
         self.release()
         if not self.world.serving() or self.is_split:
             await self.decide()
+
+    @property
+    def _waits_for_a_person(self) -> bool:
+        controllers = [controller for m in (self.a, self.b) if (controller := self.controller_of(m)) is not None]
+        return any(controller.posture is Posture.HELD or controller.describe()["maintenance"] for controller in controllers)
 
     async def quiet(self) -> None:
         """No more requests; then everything is compared."""

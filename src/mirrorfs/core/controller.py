@@ -162,7 +162,14 @@ def _automatic(condition: Callable[[View], bool]) -> Callable[[View], bool]:
 
 P = Posture
 RULES: Final = (
-    Rule(P.IDLE, "the mount leads", _automatic(lambda v: v.mount is Mount.LEADS), P.STARTING, (Do.START,)),
+    Rule(
+        P.IDLE,
+        "the mount leads",
+        # In maintenance only if the other controller has just given the role by a person's word.
+        lambda v: v.mount is Mount.LEADS and (not v.maintenance or v.peer_posture is P.GIVING),
+        P.STARTING,
+        (Do.START,),
+    ),
     Rule(
         P.IDLE,
         "the other node is lost, once too often",
@@ -238,8 +245,21 @@ RULES: Final = (
         (Do.HAND_OVER,),
     ),
     Rule(P.YIELDING, "all are down, and so is the mount", lambda v: v.services is Services.DOWN, P.IDLE, (Do.FORGET,)),
-    Rule(P.GIVING, "it is given", lambda v: v.mount is not Mount.LEADS, P.IDLE, (Do.FORGET,)),
-    Rule(P.GIVING, "it is refused", lambda v: v.refused, P.STARTING, (Do.START, Do.FORGET)),
+    Rule(
+        P.GIVING,
+        "it is given",
+        lambda v: v.mount is not Mount.LEADS and v.peer_posture in (P.STARTING, P.SERVING),
+        P.IDLE,
+        (Do.FORGET,),
+    ),
+    Rule(
+        P.GIVING,
+        "nobody begins there",
+        lambda v: v.mount not in (Mount.LEADS, Mount.FOLLOWS) or v.in_posture_s >= v.limits.ask_s or not v.hears,
+        P.IDLE,
+        (Do.FORGET,),
+    ),
+    Rule(P.GIVING, "it is refused", lambda v: v.refused and v.mount is Mount.LEADS, P.STARTING, (Do.START, Do.FORGET)),
     Rule(P.HELD, "a person has looked", lambda v: v.released, P.IDLE, (Do.FORGET,)),
 )
 
