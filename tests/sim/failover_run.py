@@ -172,8 +172,8 @@ class Nemesis:
         self.world.arbiter.replace()
 
     async def _lag(self, machine: Machine) -> None:
-        """The arbiter is away while both are in sync again; when they are parted once more it still holds the epoch in which one
-        was alone."""
+        """The arbiter is away while both get in sync again; when they are parted once more it still holds the epoch in which
+        one was alone."""
         if self.dice.random() < 0.5:
             await self._cut(machine)
             await trio.sleep(6.0)

@@ -79,7 +79,7 @@ def taken(posture: Posture, view: View) -> str:
         (P.GIVING, replace(STANDBY, peer_posture=P.IDLE), ""),
         (P.GIVING, replace(STANDBY, peer_posture=P.STARTING), "it is given -> idle"),
         (P.GIVING, replace(STANDBY, peer_posture=P.IDLE, in_posture_s=120.0), "nobody begins there -> idle"),
-        (P.GIVING, replace(LEFT, silent_s=0.0), "nobody begins there -> idle"),
+        (P.GIVING, replace(LEFT, silent_s=0.0, peer_posture=P.IDLE), "nobody begins there -> idle"),
         (P.IDLE, replace(PRIMARY, services=Services.DOWN, maintenance=True), ""),
         (P.IDLE, replace(PRIMARY, maintenance=True, peer_posture=P.GIVING), "the mount leads -> starting"),
         (P.HELD, PRIMARY, ""),
