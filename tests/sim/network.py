@@ -7,6 +7,7 @@ has given the connection up before.
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -14,6 +15,7 @@ import trio
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+from tests.sim.clock import SimulatedClock
 from tests.sim.kernel import running
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class End:
         self.closed = False
         self.ended = False
         self._way: deque[bytes | None] = deque()
-        self._sent = trio.Event()
+        self._is_carried = False
         self.gone = False
 
     @property
@@ -51,16 +53,14 @@ class End:
 
     def send(self, data: bytes) -> None:
         if not self.closed and not self.process.dead:
-            self._way.append(data)
-            self._sent.set()
+            self._put(data)
 
     def close(self) -> None:
         """The other end is told, if it can be reached."""
         if not self.closed:
             self.closed = True
             self._wake()
-            self._way.append(None)
-            self._sent.set()
+            self._put(None)
 
     def break_off(self, *, told: bool) -> None:
         """The process has ended: with the machine, nobody tells the other end."""
@@ -70,34 +70,39 @@ class End:
             keep = self.network.dice.randint(0, len(self._way))
             while len(self._way) > keep:
                 self._way.pop()
-            self._way.append(None)
+            self._put(None)
         else:
             self.gone = True
             self._way.clear()
-        self._sent.set()
 
     def _wake(self) -> None:
         self.arrived.set()
 
-    async def carry(self) -> None:
-        """Bring what is sent to the other end, in order, until the end of the connection."""
-        running.set(None)  # the kernel's, and not of the process that dialled
-        while not self.gone:
-            await self._sent.wait()
-            self._sent = trio.Event()
-            while self._way and not self.gone:
-                count = len(self._way)
-                await trio.sleep(self.network.latency_s())
-                while self.network.is_cut(self, self.other):
-                    await self.network.healed.wait()
-                for _ in range(min(count, len(self._way))):
-                    data = self._way.popleft()
-                    if data is None:
-                        self.other.ended = True
-                        self.other._wake()
-                        return
-                    self.other.inbox.append(data)
-                    self.other._wake()
+    def _put(self, data: bytes | None) -> None:
+        """On its way to the other end, in order; None ends the connection."""
+        self._way.append(data)
+        self._carry()
+
+    def _carry(self) -> None:
+        if self._way and not self._is_carried:
+            self._is_carried = True
+            self.network.clock.call_later(self.network.latency_s(), partial(self.arrive, len(self._way)))
+
+    def arrive(self, count: int) -> None:
+        """So much of what is on its way is there, unless the network is cut: then once it is healed."""
+        if self.network.is_cut(self, self.other):
+            self.network.when_healed(partial(self.arrive, count))
+            return
+        self._is_carried = False
+        for _ in range(min(count, len(self._way))):
+            data = self._way.popleft()
+            if data is None:
+                self.other.ended = True
+                self._way.clear()
+                break
+            self.other.inbox.append(data)
+        self.other._wake()
+        self._carry()
 
     async def read(self) -> bytes:
         """What has arrived; LinkLostError when there will be no more."""
@@ -117,10 +122,11 @@ class End:
 class Network:
     """All connections, and what is cut."""
 
-    def __init__(self, dice: random.Random, nursery: trio.Nursery) -> None:
+    def __init__(self, dice: random.Random, clock: SimulatedClock) -> None:
         self.dice = dice
+        self.clock = clock
         self.healed = trio.Event()
-        self._nursery = nursery
+        self._held_up: list[Callable[[], None]] = []
         self._cuts: set[tuple[str, str]] = set()
         self._listening: dict[str, tuple[Process, Callable[[End, str], Any], trio.Nursery]] = {}
         self._ends: list[End] = []
@@ -144,6 +150,18 @@ class Network:
         self._cuts.clear()
         self.healed.set()
         self.healed = trio.Event()
+        held_up, self._held_up = self._held_up, []
+        for arrive in held_up:
+            arrive()
+
+    def when_healed(self, call: Callable[[], None]) -> None:
+        """Call something when nothing is cut any more."""
+        self._held_up.append(call)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is cut."""
+        return not self._cuts
 
     def drop(self, process: "Process", *, told: bool) -> None:
         """A process has ended."""
@@ -167,7 +185,6 @@ class Network:
         near.other, far.other = far, near
         for end in (near, far):
             self._ends.append(end)
-            self._nursery.start_soon(end.carry)
 
         async def visit() -> None:
             running.set(listener)
@@ -273,12 +290,15 @@ async def greet(connection: End, hello: dict[str, Any]) -> tuple[dict[str, Any],
 
 async def dial(process: "Process", name: str, visitor: Callable[[End, str], Any]) -> None:
     """Stands in for `peer.dial`."""
+    network = process.machine.world.network
     while True:
-        await trio.sleep(process.machine.world.network.latency_s())
-        end = process.machine.world.network.connect(process, name)
+        await trio.sleep(network.latency_s())
+        end = network.connect(process, name)
         if end is not None:
             try:
                 await visitor(end, name)
             finally:
                 end.close()
+        elif not network.is_whole:
+            await network.healed.wait()
         await trio.sleep(_REDIAL_S)
