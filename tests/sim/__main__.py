@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--these", type=int, nargs="+", metavar="SEED", help="these seeds and no others")
     parser.add_argument("--jobs", type=int, default=1, help="in so many processes; 0: one for each core")
+    parser.add_argument("--idle", action="store_true", help="only on processor time that nobody else wants")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument("--coverage", action="store_true", help="which rows of the tables were taken; some are missing: exit 1")
@@ -38,6 +39,8 @@ def main() -> int:
         "--mutate", nargs="*", metavar="NAME", help="take one step of safety away at a time: each must be found"
     )
     arguments = parser.parse_args()
+    if arguments.idle:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if arguments.mutate is not None:
         seeds = range(arguments.first, arguments.first + (arguments.seeds or _MUTATION_SEEDS))
         return _mutate(arguments.mutate, seeds, arguments.jobs)

@@ -1,14 +1,22 @@
-"""A sample of random runs, and that a seed replays its run exactly; `python -m tests.sim --seeds N` runs more."""
+"""Samples of random runs, and that a seed replays its run exactly; `python -m tests.sim --seeds N` runs more.
+
+The runs of whole sites are many, so they are made beside all other tests (tests/sim/background.py) and looked at in the end.
+"""
 
 import os
 import subprocess
 import sys
 
-from tests.sim import random_run
-from tests.sim.world import run
+import pytest
+
+from tests.sim.background import Background
+from tests.sim.batch import one
 
 #: Seeds that found a defect once, in the product or in what it was checked against.
-_FOUND_ONCE = (497, 2020, 2153, 3062, 3333, 5004, 5092, 10450, 10700, 10819, 11102, 11463, 12241, 30675, 60319, 70338)
+_FOUND_ONCE = {
+    "random": (497, 2020, 2153, 3062, 3333, 5004, 5092, 10450, 10700, 10819, 11102, 11463, 12241, 30675, 60319, 70338),
+    "failover": (356, 428, 581, 609, 5116, 5895),
+}
 _SEEDS = os.environ.get("MIRRORFS_SIM_SEEDS", "12")
 
 
@@ -16,12 +24,9 @@ def test_a_sample_of_random_runs_breaks_no_promise() -> None:
     _run("--seeds", _SEEDS)
 
 
-def test_a_sample_of_runs_with_an_arbiter_breaks_no_promise() -> None:
-    _run("--scenario", "arbitrated", "--seeds", str(50 * int(_SEEDS)))
-
-
-def test_seeds_that_found_a_defect_once_break_no_promise() -> None:
-    _run("--these", *map(str, _FOUND_ONCE))
+@pytest.mark.parametrize("scenario", _FOUND_ONCE)
+def test_seeds_that_found_a_defect_once_break_no_promise(scenario: str) -> None:
+    _run("--scenario", scenario, "--these", *map(str, _FOUND_ONCE[scenario]))
 
 
 def _run(*arguments: str) -> None:
@@ -31,13 +36,20 @@ def _run(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
-def test_a_seed_replays_its_run_exactly() -> None:
-    first, second = (run(2, random_run.story, random_run.options_of(2)) for _ in range(2))
+@pytest.mark.parametrize("scenario", ["random", "failover"])
+def test_a_seed_replays_its_run_exactly(scenario: str) -> None:
+    first, second = (one(scenario, 2) for _ in range(2))
     assert first.events == second.events
     assert first.digest == second.digest
     assert first.acknowledged > 20
 
 
 def test_another_seed_is_another_run() -> None:
-    digests = {run(seed, random_run.story, random_run.options_of(seed)).digest for seed in (2, 3)}
-    assert len(digests) == 2
+    assert one("random", 2).digest != one("random", 3).digest
+
+
+@pytest.mark.last
+def test_many_runs_of_a_site_break_no_promise_and_take_every_row_of_the_tables(site_runs: Background) -> None:
+    status, said = site_runs.wait()
+    print(said)
+    assert status == 0, said[-8000:]
