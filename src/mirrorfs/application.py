@@ -168,7 +168,9 @@ class Application:
                     log.info("not all services are well, and something is there of %s: started anew", ", ".join(left))
                     for complaint in await self._services.stop_all():
                         self.complain(complaint)
+                began = trio.current_time()
                 await self._services.start_all()
+                self._memory.note_start(trio.current_time() - began)
         except MirrorfsError as error:
             self.complain(str(error))
             self.state = Services.FAILED
@@ -230,8 +232,10 @@ class Application:
             self.state = Services.STOPPING
             await self._drop_addresses()
             before()
+            began = trio.current_time()
             for complaint in await self._services.stop_all():
                 self.complain(complaint)
+            self._memory.note_stop(trio.current_time() - began)
             self.state, self.unwell = Services.DOWN, False
             self._budgets = self._fresh_budgets()
         self._changed()

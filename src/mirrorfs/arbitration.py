@@ -77,6 +77,22 @@ class Arbitration:
         """Whether a primary that loses its peer has to ask before it goes on alone."""
         return self._arbiter is not None or self._isolation is not None
 
+    async def stands_against(self) -> str:
+        """What would stand against going on alone now, asked without claiming anything; "" if nothing does."""
+        if self._arbiter is None:
+            return ""
+        try:
+            found = await self._read(self._arbiter)
+        except NoAnswerError as error:
+            return str(error)
+        if self._keeper.record.epoch is None:
+            return "" if found.epoch is None else f"the arbiter ({self._arbiter.name}) knows a volume of that name"
+        match claims.to_go_on(self._keeper.record, found):
+            case claims.Lost(reason) | claims.NoArbiter(reason):
+                return reason
+            case claims.Swap():
+                return ""
+
     async def check_new(self, *, force: bool) -> None:
         """A volume is about to be made: RefusedError if the arbiter knows one of that name. With `force` it is to be replaced
         there."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirrorfs import __version__, control, toml_table
+from mirrorfs import __version__, control, preview_show, toml_table
 from mirrorfs import config as configuration
 from mirrorfs.cli_base import (
     All,
@@ -29,7 +29,7 @@ from mirrorfs.cli_base import (
 )
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
-from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, say, switchover
+from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, preview, say, switchover
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
 
@@ -149,11 +149,21 @@ def promote(
     context: typer.Context,
     yes: Yes = False,
     force: Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would happen; exits as the promotion would.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one line of JSON.")] = False,
     config: ConfigFile = None,
     node: NodeName = None,
 ) -> None:
     """Make this node the primary. With the peer alive, the two swap roles and nothing is lost."""
     loaded = load(context, config, node)
+    if as_json and not dry_run:
+        raise UsageError("--json goes with --dry-run")
+    if dry_run:
+        found = preview(loaded, yes=yes, force=force)
+        print(json.dumps(found) if as_json else preview_show.in_words(found))
+        raise typer.Exit(found["exit_status"])
     if has_controller(loaded):
         confirmed(lambda sure: say(loaded, "promote", yes=sure, force=force), yes, "Promote this node?")
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from mirrorfs import session
+from mirrorfs import preview, session
 from mirrorfs.core import epochs, packing, wire
 from mirrorfs.core.dirty import is_quick
 from mirrorfs.core.epochs import Hello, Member, Standing
@@ -166,6 +166,10 @@ class Conversation:
             case Kind.JOINED:
                 node.peer_joined = True
                 node.enter(f"{self._theirs.node} is in sync")
+            case Kind.LIST_OPEN:
+                self._link.send_message(Kind.OPEN_FILES, preview.open_files(node))
+            case Kind.OPEN_FILES:
+                node.preview.on_answer(wire.message(frame))
             case Kind.HANDOVER_WANTED:
                 # Not a task of the link: once begun, a handover is finished whether the link lives or not.
                 node.nursery.start_soon(node.promotion.hand_over_when_asked)

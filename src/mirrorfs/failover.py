@@ -70,6 +70,7 @@ class _Peer:
     posture: Posture = Posture.IDLE
     asks: bool = False
     refuses: str = ""
+    stop_s: float | None = None
 
 
 class Controller:
@@ -255,6 +256,7 @@ class Controller:
             "refuses": self._refusal if self._peer.asks else "",
             "maintenance": [self._memory.maintenance_count, self._memory.maintenance],
             "macs": self.application.macs(),
+            "stop_s": self._memory.stop_s,
         }
 
     def hear(self, content: dict[str, Any]) -> None:
@@ -264,7 +266,14 @@ class Controller:
             count, on = content["maintenance"]
             macs = tuple(str(mac) for mac in content["macs"])
             before = self._peer
-            self._peer = _Peer(mount, posture, bool(content["asks"]), str(content["refuses"]))
+            stop_s = content["stop_s"]
+            self._peer = _Peer(
+                mount,
+                posture,
+                bool(content["asks"]),
+                str(content["refuses"]),
+                None if stop_s is None else float(stop_s),
+            )
             self._memory.hear(int(count), bool(on), macs)
         except (KeyError, TypeError, ValueError) as error:
             log.debug("a heartbeat that makes no sense: %r", error)
@@ -286,6 +295,15 @@ class Controller:
         answer = await self._mount.ask("promote", timeout_s=_REQUEST_S, yes=yes, force=force)
         self.wake()
         return str(answer["message"])
+
+    async def preview(self, *, yes: bool, force: bool) -> dict[str, Any]:
+        """What `promote` would do, services and addresses included; changes nothing."""
+        view = self.view()
+        found = await self._mount.ask("promote", timeout_s=_REQUEST_S, dry_run=True, yes=yes, force=force)
+        moves = view.mount is Mount.FOLLOWS and view.hears and not force
+        return found | {
+            "services": {"stop_s": self._peer.stop_s if moves else 0.0, "start_s": self._memory.start_s},
+        }
 
     async def switch_over(self) -> str:
         """Move the application to the other node, whichever that is."""
@@ -334,6 +352,8 @@ class Controller:
         match command:
             case "status":
                 return self.describe()
+            case "promote" if arguments.get("dry_run"):
+                return await self.preview(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
             case "promote":
                 return {"message": await self.promote(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))}
             case "switchover":

@@ -1,6 +1,6 @@
 """The commands of the failover controller."""
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -25,6 +25,12 @@ def has_controller(loaded: Config) -> bool:
 def say(loaded: Config, command: str, **arguments: bool) -> None:
     """Ask the controller of this node and print what it answers."""
     print(control.request(loaded.node.controller, command, timeout_s=SWITCH_S, **arguments)["message"])
+
+
+def preview(loaded: Config, *, yes: bool, force: bool) -> dict[str, Any]:
+    """What a promotion of this node would do, by the controller if one runs here."""
+    socket = loaded.node.controller if has_controller(loaded) else loaded.node.control
+    return control.request(socket, "promote", dry_run=True, yes=yes, force=force)
 
 
 def switchover(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:

@@ -12,6 +12,10 @@ from mirrorfs.core.controller import Budget
 log = logging.getLogger(__name__)
 
 
+def _seconds(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
 class Memory:
     """A small JSON file. Nothing that it says can cost data: one that cannot be read is begun anew, one that cannot be written
     is told of, and the controller goes on."""
@@ -23,10 +27,23 @@ class Memory:
         self.maintenance = bool(content.get("maintenance", False))
         self.failovers = Budget(max_failovers, window_s, tuple(float(moment) for moment in content.get("failovers", ())))
         self.peer_macs: tuple[str, ...] = tuple(map(str, content.get("peer_macs", ())))
+        #: How long all services took to start and to stop here the last time, in seconds.
+        self.start_s = _seconds(content.get("start_s"))
+        self.stop_s = _seconds(content.get("stop_s"))
 
     def count_failover(self, now: float) -> None:
         """One more at this UNIX time."""
         self.failovers = self.failovers.spend(now)
+        self._write()
+
+    def note_start(self, took_s: float) -> None:
+        """All services were started."""
+        self.start_s = round(took_s, 3)
+        self._write()
+
+    def note_stop(self, took_s: float) -> None:
+        """All services were stopped."""
+        self.stop_s = round(took_s, 3)
         self._write()
 
     def set_maintenance(self, on: bool) -> None:
@@ -59,6 +76,8 @@ class Memory:
             "maintenance": self.maintenance,
             "failovers": self.failovers.spent,
             "peer_macs": self.peer_macs,
+            "start_s": self.start_s,
+            "stop_s": self.stop_s,
         }
 
     def _write(self) -> None:

@@ -92,9 +92,9 @@ class FuseOperations(pyfuse3.Operations):
         self._next_handle = 1
 
     @property
-    def open_files(self) -> int:
-        """How many files applications have open."""
-        return len(self._files)
+    def handles(self) -> list[Handle]:
+        """The files that applications have open."""
+        return list(self._files.values())
 
     # ---- helpers
 

@@ -7,6 +7,7 @@ crash at any instant leaves the old content or the new one. docs/JOURNAL.md desc
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -180,6 +181,15 @@ class Journal:
     def save(self, record: epochs.Record) -> None:
         """Make `record` durable; JournalError if it is not, and then the old one stands or the new one: the node must end."""
         self._record.save(packing.pack_record(record))
+
+    def time_a_record(self) -> float:
+        """How long it takes now to make something durable here, in seconds; JournalError if the disk would not take it."""
+        trial = SafeFile(self._directory / "trial", no_fault)
+        began = time.monotonic()
+        trial.save(None)
+        took_s = time.monotonic() - began
+        os.unlink(trial.path)
+        return took_s
 
     def read_place(self) -> str | None:
         """Where the files underneath were when the node last ran; None if it never did."""

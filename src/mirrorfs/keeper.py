@@ -127,6 +127,10 @@ class Keeper:
         """The other node may follow again, durably."""
         await self._save(lambda record: replace(record, paused_at=0.0))
 
+    async def time_a_record(self) -> float:
+        """How long a record takes to become durable now, in seconds; JournalError if it cannot."""
+        return await trio.to_thread.run_sync(self._journal.time_a_record, limiter=self._threads)
+
     def me(self) -> Member:
         """This node in this boot."""
         return Member(self._node, self.boot)

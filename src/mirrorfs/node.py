@@ -37,6 +37,7 @@ from mirrorfs.keeper import Keeper
 from mirrorfs.lost import LostStore
 from mirrorfs.pausing import Pausing
 from mirrorfs.peer import Link, dial, greet, listen
+from mirrorfs.preview import Preview
 from mirrorfs.promotion import Promotion
 from mirrorfs.replication import Primary
 from mirrorfs.resync.progress import Progress
@@ -96,6 +97,7 @@ class Node:
         self.promotion = Promotion(self)
         self.split = SplitBrain(self)
         self.pausing = Pausing(self)
+        self.preview = Preview(self)
         self.arbitration = Arbitration(self, keeper, arbiter)
         #: Whether this node followed in sync until the link ended, and nothing has happened since.
         self.lost_in_sync = False

@@ -122,7 +122,7 @@ class Promotion:
         async with self.lock:
             if node.primary is not None:
                 return f"{name} is the primary already"
-            forced = self._decide(yes=yes, force=force, automatic=automatic)
+            forced = self.decide(yes=yes, force=force, automatic=automatic)
             new = node.keeper.record.epoch is None
             grant = None
             if new:
@@ -166,23 +166,15 @@ class Promotion:
                 return None, True  # it is claimed as soon as somebody answers
             raise RefusedError(f"nobody knows whether {self._node.peer_name} went on: {error} (--force promotes)") from None
 
-    def _decide(self, *, yes: bool, force: bool, automatic: bool) -> bool:
+    def decide(self, *, yes: bool, force: bool, automatic: bool) -> bool:
         """Raise what stands against a promotion; returns whether it is one by force."""
-        node, peer = self._node, self._node.config.peer
-        met = node.peer if node.connected and not node.split_brain else None
+        node, met = self._node, self._met
         if met is not None and isinstance(node.verdict, epochs.Resume) and node.verdict.primary == met.node:
             raise MirrorfsError(f"{met.node} is the primary or about to be: promote again when this node follows it")
         if node.keeper.record.epoch is None and met is not None and met.record.epochs:
             # Not by force either: there is nothing here that could be kept.
             raise RefusedError(f"this node holds nothing of the volume yet and {met.node} does: promote {met.node}")
-        decision = epochs.may_promote(
-            node.keeper.record,
-            node.config.node.name,
-            node.keeper.boot,
-            peer=peer.name if peer else None,
-            met=met,
-            lost_at=node.peer_lost_at,
-        )
+        decision = self._verdict(met)
         if isinstance(decision, epochs.Forbidden) and not force:
             raise RefusedError(f"{decision.reason} (--force promotes all the same)")
         if automatic:
@@ -196,6 +188,43 @@ class Promotion:
             if isinstance(decision, epochs.AskFirst) and (not node.arbitration.decides or node.keeper.record.epoch is None):
                 raise ConfirmationNeededError(f"{decision.reason} (--yes promotes)")
         return isinstance(decision, epochs.Forbidden)
+
+    @property
+    def _met(self) -> epochs.Hello | None:
+        node = self._node
+        return node.peer if node.connected and not node.split_brain else None
+
+    def _verdict(self, met: epochs.Hello | None) -> epochs.Allowed | epochs.AskFirst | epochs.Forbidden:
+        node, peer = self._node, self._node.config.peer
+        return epochs.may_promote(
+            node.keeper.record,
+            node.config.node.name,
+            node.keeper.boot,
+            peer=peer.name if peer else None,
+            met=met,
+            lost_at=node.peer_lost_at,
+        )
+
+    def could_miss(self) -> str:
+        """What this node may not have of what was acknowledged, as far as it can know without an arbiter; "" for nothing."""
+        match self._verdict(self._met):
+            case epochs.Forbidden(reason):
+                return reason
+            case epochs.AskFirst(reason) if not self._node.arbitration.decides:
+                return reason
+            case _:
+                return self._node.split_brain
+
+    def check_handover(self, *, force: bool) -> None:
+        """RefusedError if the primary, which is connected, cannot hand over to this node."""
+        node = self._node
+        assert node.standby is not None
+        if not node.standby.in_sync:
+            advice = "; to promote it by force, stop the primary first" if force else ""
+            raise RefusedError(
+                f"this node is being resynced ({node.keeper.record.reason}) and {node.peer_name} is the primary: wait "
+                f"until it is in sync{advice}"
+            )
 
     def _check_automatic(self, decision: epochs.Allowed | epochs.AskFirst) -> None:
         """Raise what stands against a promotion that no person answers for."""
@@ -219,15 +248,9 @@ class Promotion:
 
     async def _ask_for_handover(self, *, force: bool) -> str:
         node = self._node
-        standby, link = node.standby, node.link
-        assert standby is not None
+        self.check_handover(force=force)
+        link = node.link
         assert link is not None
-        if not standby.in_sync:
-            advice = "; to promote it by force, stop the primary first" if force else ""
-            raise RefusedError(
-                f"this node is being resynced ({node.keeper.record.reason}) and {node.peer_name} is the primary: wait "
-                f"until it is in sync{advice}"
-            )
         node.refusal = ""
         link.send_message(Kind.HANDOVER_WANTED)
         with trio.move_on_after(_HANDOVER_S):

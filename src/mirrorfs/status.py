@@ -26,7 +26,7 @@ def describe(node: Node) -> dict[str, Any]:
         "dirty_bytes": node.activity.dirty.dirty_bytes,
         "dirty_names": node.activity.dirty.dirty_names,
         "peer": _peer(node),
-        "open_files": node.operations.open_files,
+        "open_files": len(node.operations.handles),
         "verify": node.verifier.describe(),
         "arbiter": node.arbitration.describe(),
         "differences": node.differences,

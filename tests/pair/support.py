@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mirrorfs import backing
 from mirrorfs.errors import ControlError
 from mirrorfs.lab.pair import Host, Lab, wait_for
 from mirrorfs.lab.trees import differences
@@ -252,3 +254,11 @@ def _missing_of(kind: str, directory: Path, notes: list[dict[str, Any]]) -> Iter
 def seeded(*what: object) -> random.Random:
     """A source of chance that is the same in every run."""
     return random.Random(repr(what))
+
+
+def lose_disks(host: Host) -> None:
+    """A new machine takes the place of a host whose node does not run: neither files nor a state directory."""
+    backing.set_immutable(host.under, False)
+    for entry in host.under.iterdir():
+        shutil.rmtree(entry)
+    shutil.rmtree(host.state_dir)

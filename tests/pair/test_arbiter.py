@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mirrorfs import control
 from mirrorfs.core import claims
 from mirrorfs.core.epochs import Epoch
 from mirrorfs.errors import RefusedError
@@ -17,7 +18,7 @@ from mirrorfs.lab import public
 from mirrorfs.lab.etcd import EtcdCluster
 from mirrorfs.lab.network import DESK
 from mirrorfs.lab.pair import Host, Lab, wait_for
-from tests.pair.support import Load, state, tree_differences, wait_peer_lost, wait_state
+from tests.pair.support import Load, lose_disks, state, tree_differences, wait_peer_lost, wait_state
 
 pytestmark = pytest.mark.root
 
@@ -237,3 +238,47 @@ def test_an_operator_may_promote_without_the_arbiter_and_a_lost_claim_stops_that
     assert "deposed" in two.status()["reason"]
     assert not _writes(two)
     assert _writes(one)
+
+
+def test_a_preview_asks_the_arbiter_and_claims_nothing(site: Site) -> None:
+    site.lab.cut()
+    public.part(site.lab.network)
+    wait_state(site.lab.one, "solo")
+    wait_peer_lost(site.lab.two)
+    before = site.value
+    found = control.request(site.lab.two.control, "promote", dry_run=True)
+    assert (found["does"], found["exit_status"]) == ("promotion", RefusedError.exit_status)
+    assert "one was granted epoch" in found["missing"]
+    assert (site.value, state(site.lab.two)) == (before, "waiting")
+
+
+def test_a_new_volume_takes_the_place_of_one_that_the_arbiter_knows_by_force_only(site: Site) -> None:
+    two = site.lab.two
+    for host in (site.lab.one, two):
+        host.kill()
+    lose_disks(two)
+    two.start()
+    with pytest.raises(RefusedError, match="knows a volume of that name, which one led last"):
+        two.promote(yes=True)
+    assert state(two) == "waiting"
+    old = site.granted
+    two.promote(force=True)
+    wait_for(lambda: site.granted.primary == "two", "the record is that of the new volume")
+    assert not site.granted.same(old)
+    assert _writes(two)
+
+
+def test_an_empty_node_is_not_promoted_past_one_that_has_the_volume(site: Site) -> None:
+    one, two = site.lab.one, site.lab.two
+    for host in (one, two):
+        host.kill()
+    lose_disks(two)
+    one.start()
+    two.start()
+    wait_for(lambda: one.status()["peer"]["state"] != "disconnected", "they meet")
+    if state(two) == "waiting" and state(one) == "waiting":
+        with pytest.raises(RefusedError, match="holds nothing of the volume yet and one does"):
+            two.promote(force=True)
+        one.promote(yes=True)
+    site.lab.wait_mirrored()
+    assert site.lab.primary() is one

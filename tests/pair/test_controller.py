@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from mirrorfs import control
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.lab import cluster, public
 from mirrorfs.lab.cluster import ADDRESS, Cluster
 from mirrorfs.lab.pair import wait_for
 
 pytestmark = pytest.mark.root
+
+ADDRESS6 = "fd79::100"
 
 #: Answers each connection with the name of its host, which it has written to the mount before.
 SERVICE = '''
@@ -42,7 +45,7 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 
     def make(services: str = SERVICE, *, start: bool = True, **options: str) -> Cluster:
         directory = tmp_path / f"lab{len(made)}"
-        text = cluster.sections(directory, services, failover='detection_timeout = "1500ms"', **options)
+        text = cluster.sections(directory, services, **({"failover": 'detection_timeout = "1500ms"'} | options))
         made.append(Cluster(directory, text, options={"ack_timeout": "1s", "freeze_timeout": "3s"}))
         if start:
             made[-1].start_controllers()
@@ -128,6 +131,91 @@ def test_without_the_arbiter_a_healthy_pair_goes_on(make_cluster: Callable[..., 
     assert served_by(site) == "one"
     assert "serves" in site.command("one", "switchover")
     wait_served_by(site, "two")
+
+
+def test_a_preview_of_a_switch_over_knows_what_the_services_took_the_last_time(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    first = control.request(site.lab.two.control.with_suffix(".ctl"), "promote", dry_run=True)
+    assert (first["does"], first["against"], first["services"]) == ("switch-over", "", {"stop_s": None, "start_s": None})
+    site.command("two", "switchover")
+    wait_served_by(site, "two")
+    site.command("two", "switchover")
+    wait_served_by(site, "one")
+    site.lab.wait_mirrored()
+    second = control.request(site.lab.two.control.with_suffix(".ctl"), "promote", dry_run=True)["services"]
+    assert second["stop_s"] > 0
+    assert second["start_s"] > 0
+    assert served_by(site) == "one", "nothing was moved"
+
+
+def test_a_switch_over_in_maintenance_starts_the_application_on_the_other_node(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    site.command("two", "maintenance", on=True)
+    wait_for(lambda: bool((site.says("one") or {}).get("maintenance")), "the other controller knows")
+    assert "the other node serves" in site.command("one", "switchover")
+    wait_served_by(site, "two")
+
+
+def test_the_preferred_node_gets_the_application_back(make_cluster: Callable[..., Cluster]) -> None:
+    preferred = 'detection_timeout = "1500ms"\nfailback = "preferred"\npreferred = "one"\nfailback_after = "1s"'
+    site = make_cluster(failover=preferred)
+    site.kill_host("one")
+    wait_served_by(site, "two")
+    site.lab.one.start()
+    site.start_controller("one")
+    wait_served_by(site, "one")
+    site.lab.wait_mirrored()
+    assert site.lab.primary() is site.lab.one
+
+
+def test_an_ipv6_address_moves_with_the_application(make_cluster: Callable[..., Cluster]) -> None:
+    ask = f"import socket; print(socket.create_connection(('{ADDRESS6}', 7000), timeout=1).recv(100).decode())"
+    services = f'[[vip]]\naddress = "{ADDRESS6}/64"\ninterface = "{public.INTERFACE}"\n' + SERVICE.replace(
+        'socket.create_server(("", 7000))',
+        'socket.create_server(("", 7000), family=socket.AF_INET6, dualstack_ipv6=True)',
+    )
+    site = make_cluster(services, start=False)
+    assert site.at_desk("ip", "address", "add", "fd79::9/64", "dev", "bridge", "nodad").returncode == 0
+    site.start_controllers()
+
+    def answers(name: str) -> None:
+        wait_for(lambda: site.at_desk("python3", "-c", ask).stdout.strip() == name, f"{name} answers at the IPv6 address")
+
+    answers("one")
+    site.kill_host("one")
+    answers("two")
+    wait_served_by(site, "two")
+
+
+def test_a_service_that_never_ends_does_not_keep_a_mount_that_hangs(make_cluster: Callable[..., Cluster]) -> None:
+    """It waits in a call to the mount, and its stop command for it: the addresses go, the mount is killed, it ends."""
+    service = SERVICE.replace(
+        "    connection, _ = server.accept()\n",
+        "    connection, _ = server.accept()\n    pathlib.Path(sys.argv[1], 'asked').write_text('x')\n",
+    ).replace("pkill -KILL -f $LAB_MOUNT/echo.py || true", "cat $LAB_MOUNT/asked; sleep 1000")
+    place = service.index("[[service.check]]")
+    site = make_cluster(service[:place] + 'stop_timeout = "2s"\n' + service[place:])
+    for pid in site.lab.one.pids():
+        os.kill(pid, signal.SIGSTOP)
+    wait_served_by(site, "two")
+    wait_for(lambda: site.posture("one") == "idle", "one has stopped")
+    assert site.lab.one.run("pgrep", "-f", f"{site.lab.one.mount}/echo.py", capture_output=True).stdout == b""
+
+
+def test_a_service_that_outlived_its_controller_and_its_mount_ends_on_the_standby(make_cluster: Callable[..., Cluster]) -> None:
+    """Its check fails, and it is there."""
+    service = SERVICE.replace('pathlib.Path(sys.argv[1], "served-by").read_bytes()', "sys.argv[2].encode()")
+    site = make_cluster(f'{service}[[service.check]]\ncommand = "test -e $LAB_MOUNT/served-by"\ninterval = "300ms"\n')
+    one = site.lab.one
+    site.kill_controller("one")
+    one.kill()
+    wait_served_by(site, "two")
+    left = ("pgrep", "-f", f"{one.mount}/echo.py")
+    assert one.run(*left, capture_output=True).stdout != b""
+    one.start()
+    site.start_controller("one")
+    wait_for(lambda: one.run(*left, capture_output=True).stdout == b"", "it is stopped")
+    assert served_by(site) == "two"
 
 
 def test_in_maintenance_nothing_is_done(make_cluster: Callable[..., Cluster]) -> None:

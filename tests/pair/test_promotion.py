@@ -1,12 +1,14 @@
 """Moving the role: what a switch-over keeps, what open files see after it, and what is refused or asked before it."""
 
 import errno
+import json
 import mmap
 import os
 import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -423,3 +425,39 @@ def test_an_old_primary_that_wrote_nothing_alone_follows_the_promoted_one(lab: L
     assert lab.primary() is lab.two
     assert _contents(lab.one.mount) == {"file": "two, promoted", "of-two": ""}
     assert tree_differences(lab) == []
+
+
+# ---- what it would do
+
+
+def _preview(host: Host, *arguments: str) -> dict[str, Any]:
+    done = mirrorfs(host, "promote", "--dry-run", "--json", *arguments)
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == found["exit_status"], done.stderr
+    return found
+
+
+def test_a_preview_of_a_switch_over_tells_what_is_open_on_the_primary(lab: Lab) -> None:
+    with open(lab.one.mount / "written", "w") as file, open(lab.one.mount / "written"):
+        file.write("x")
+        file.flush()
+        epoch = lab.one.status()["epoch"]
+        found = _preview(lab.two)
+        assert (found["does"], found["against"], found["missing"], found["exit_status"]) == ("switch-over", "", "", 0)
+        assert found["open"] == {"node": "one", "files": 2, "writing": 1, "paths": ["/written"]}
+        assert 0 < found["role_s"] < 60
+        words = mirrorfs(lab.two, "promote", "--dry-run").stdout
+        assert "nothing that was acknowledged" in words
+        assert "/written" in words
+    assert _preview(lab.one)["does"] == "nothing"
+    assert [state(lab.one), state(lab.two), lab.one.status()["epoch"]] == ["primary", "standby", epoch], "nothing was done"
+
+
+def test_a_preview_tells_what_could_be_missing_after_a_loss(lab: Lab) -> None:
+    lab.one.kill()
+    wait_peer_lost(lab.two)
+    found = _preview(lab.two)
+    assert (found["does"], found["exit_status"], found["open"]) == ("promotion", ConfirmationNeededError.exit_status, None)
+    assert "cannot be reached since" in found["missing"]
+    assert "--yes" in found["against"]
+    assert (_preview(lab.two, "--yes")["against"], state(lab.two)) == ("", "waiting")

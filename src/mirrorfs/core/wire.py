@@ -18,7 +18,7 @@ from mirrorfs.core import soundness
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 4
+VERSION: Final = 5
 #: How the bytes after the preamble are protected; 0 is not at all.
 SECURITY_NONE: Final = 0
 PREAMBLE: Final = struct.Struct("<8sHHI")
@@ -46,6 +46,7 @@ class Kind(IntEnum):
     PAUSE = 12
     PAUSED = 13
     PROGRESS = 14
+    LIST_OPEN = 15
     ACK = 16
     FLUSHED = 17
     FAILED = 18
@@ -59,6 +60,7 @@ class Kind(IntEnum):
     GIVE_UP = 26
     GIVEN_UP = 27
     ANSWER = 28
+    OPEN_FILES = 29
     WRITE = 32
     MAKE_NODE = 33
     SYMLINK = 34
