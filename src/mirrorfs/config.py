@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirrorfs import failover_config
+from mirrorfs.core.beats import MAX_NETWORKS
 from mirrorfs.errors import ConfigError
 from mirrorfs.failover_config import ArbiterConfig, FailoverConfig
 from mirrorfs.toml_table import Table, key_in_words, read, shown
@@ -153,6 +154,7 @@ def load(file: Path, node: str | None = None) -> Config:
                 f"[{name}] is there but the peer of {shown(own)} is missing, add [nodes.NAME] with its address, "
                 f"or remove [{name}] to run alone",
             )
+    addresses = {name: (part.address, *part.heartbeats) for name, part in nodes.items()}
     return Config(
         file=file.absolute(),
         volume=volume,
@@ -162,7 +164,7 @@ def load(file: Path, node: str | None = None) -> Config:
         resync=ResyncConfig() if resync is None else _read_resync(resync),
         verify=VerifyConfig() if verify is None else _read_verify(verify),
         arbiter=failover_config.read_arbiter(arbiter),
-        failover=failover_config.read_failover(failover, vips, services, volume=volume, nodes=nodes),
+        failover=failover_config.read_failover(failover, vips, services, volume=volume, nodes=addresses),
         shared=_shared(content),
     )
 
@@ -227,6 +229,10 @@ def _read_node(parts: Table, name: str, volume: str, backing: Path | None) -> No
     for heartbeat in node.heartbeats:
         if problem := _address_problem(heartbeat):
             raise part.error("heartbeats", f"{shown(heartbeat)} {problem}")
+        if [_same_address(each) for each in node.heartbeats].count(_same_address(heartbeat)) > 1:
+            raise part.error("heartbeats", f"{shown(heartbeat)} is there twice, list one address for each network")
+    if len(node.heartbeats) > MAX_NETWORKS:
+        raise part.error("heartbeats", f"{len(node.heartbeats)} networks are too many, use {MAX_NETWORKS} or fewer")
     for key, path in (("control", node.control), ("controller", node.controller)):
         if (length := len(os.fsencode(path))) > _SOCKET_PATH_BYTES:
             raise part.error(key, f"{length} bytes are too long for a socket's path, use {_SOCKET_PATH_BYTES} or fewer")

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -152,9 +152,12 @@ def _check_arbiter(table: Table, arbiter: ArbiterConfig) -> None:
 
 
 def read_failover(
-    table: Table | None, vips: list[Table], services: list[Table], *, volume: str, nodes: Collection[str]
+    table: Table | None, vips: list[Table], services: list[Table], *, volume: str, nodes: Mapping[str, Collection[str]]
 ) -> FailoverConfig | None:
-    """[failover] with all [[vip]] and [[service]]; None if the first is missing, and then none of the others may be there."""
+    """[failover] with all [[vip]] and [[service]]; None if the first is missing, and then none of the others may be there.
+
+    `nodes` are the addresses of each node.
+    """
     if table is None:
         for part in (*vips, *services):
             raise part.error("", "is there but [failover] is missing, add it: the controller needs it", whole=True)
@@ -184,6 +187,10 @@ def read_failover(
         missing = "preferred" if failover.failback == "preferred" else "failback"
         raise table.error(missing, 'missing, failback = "preferred" and preferred = "NODE" go together')
     _check_twins(vips, [str(vip.address.ip) for vip in failover.vips], "address")
+    for part, vip in zip(vips, failover.vips, strict=True):
+        for name, addresses in nodes.items():
+            if vip.address.ip in map(_literal, addresses):
+                raise part.error("address", f"{vip.address.ip} is an address of {shown(name)}, use one that no machine has")
     _check_twins(services, [service.name for service in failover.services], "name")
     return failover
 

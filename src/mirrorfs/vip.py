@@ -11,9 +11,7 @@ import errno
 import itertools
 import logging
 import os
-import signal
 import socket
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -22,7 +20,7 @@ import trio
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from mirrorfs import neighbours
+from mirrorfs import commands, neighbours
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.failover_config import VipConfig
 from mirrorfs.neighbours import Link, Target
@@ -40,7 +38,6 @@ PROBE_S: Final = 0.25
 # The kernel answers within milliseconds, unless something else holds the lock of its network configuration.
 _KERNEL_S: Final = 2.0
 _THREADS: Final = 4
-_TAIL_BYTES: Final = 4096
 
 _IFA_F_NODAD, _IFA_F_PERMANENT = 0x02, 0x80
 
@@ -441,54 +438,10 @@ def _explain(error: NetlinkError | OSError, vip: VipConfig) -> str:
 
 async def _run_hook(key: str, command: str, vips: Sequence[VipConfig]) -> None:
     """Run the shell command; raises MirrorfsError, with its last line, if it fails or takes longer than `HOOK_S`."""
-    tail = bytearray()
-    process: trio.Process | None = None
-    try:
-        with trio.move_on_after(HOOK_S) as limit:
-            process = await trio.lowlevel.open_process(
-                ["sh", "-c", command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "MIRRORFS_VIPS": " ".join(str(vip.address.ip) for vip in vips)},
-                start_new_session=True,
-            )
-            await _wait_for(process, tail)
-    except OSError as error:
-        raise MirrorfsError(f"{key} = {command!r} cannot be run: {error.strerror}") from None
-    finally:
-        if process is not None:
-            await _end(process)
-    last = tail.decode(errors="replace").strip().rpartition("\n")[2]
-    said = f": {last}" if last else ", and said nothing"
-    if process is None or limit.cancelled_caught:
+    addresses = {"MIRRORFS_VIPS": " ".join(str(vip.address.ip) for vip in vips)}
+    result = await commands.run(commands.shell(command), timeout_s=HOOK_S, environment=addresses, kill_wait_s=1.0)
+    said = f": {result.last_line}" if result.last_line else ", and said nothing"
+    if result.timed_out:
         raise MirrorfsError(f"{key} = {command!r} was ended, it took longer than {HOOK_S:g} s{said}")
-    if process.returncode:
-        raise MirrorfsError(f"{key} = {command!r} failed with exit status {process.returncode}{said}")
-
-
-async def _wait_for(process: trio.Process, tail: bytearray) -> None:
-    output = process.stdout
-    assert output is not None
-
-    async def read() -> None:
-        async for data in output:
-            tail.extend(data)
-            del tail[:-_TAIL_BYTES]
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read)
-        await process.wait()
-        # Not until the end of the output: what the command has left in the background may hold that open for ever.
-        nursery.cancel_scope.deadline = trio.current_time() + 0.2
-
-
-async def _end(process: trio.Process) -> None:
-    """Kill what is still there of the command, with all its children if it has not ended, and close the pipe."""
-    with trio.move_on_after(1.0, shield=True):
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        assert process.stdout is not None
-        await process.stdout.aclose()
-        await process.wait()
+    if result.problem:
+        raise MirrorfsError(f"{key} = {command!r} failed with {result.problem}{said}")

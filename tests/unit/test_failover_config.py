@@ -335,6 +335,14 @@ def test_what_is_wrong_with_the_arbiter_is_one_line(file: Path, text: str, expec
             BASE + 'heartbeats = ["10.0.0.2", "10.1.0.2"]\n',
             'nodes.two: "one" has another number of heartbeats, list one address for each network',
         ),
+        (
+            BASE + 'heartbeats = ["10.0.0.2", "10.0.0.2"]\n',
+            'nodes.two.heartbeats: "10.0.0.2" is there twice, list one address for each network',
+        ),
+        (
+            BASE + f"heartbeats = {[f'10.0.{number}.2' for number in range(17)]}\n",
+            "nodes.two.heartbeats: 17 networks are too many, use 16 or fewer",
+        ),
         (BASE + 'heartbeats = "10.0.0.2"\n', "nodes.two.heartbeats: is a string, must be a list"),
         (
             BASE + 'heartbeats = ["10.0.2"]\n',
@@ -386,6 +394,10 @@ def test_what_is_wrong_with_the_controller_is_one_line(file: Path, text: str, ex
         (
             VIP + '[[vip]]\naddress = "10.77.0.100/16"\ninterface = "eth1"\n',
             'vip[2].address: "10.77.0.100" is there twice',
+        ),
+        (
+            VIP.replace("10.77.0.100", "10.0.0.2"),
+            'vip[1].address: 10.0.0.2 is an address of "two", use one that no machine has',
         ),
     ],
 )
