@@ -355,7 +355,7 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
 
 def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 4, 0, 0)
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 5, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
         (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 5"),
-        (struct.pack("<8sHHI", b"mirrorfs", 4, 3, 0), "protection 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 5, 3, 0), "protection 3"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:
