@@ -31,9 +31,9 @@ def main() -> int:
     parser.add_argument("--coverage", action="store_true", help="which rows of the tables were taken; some are missing: exit 1")
     parser.add_argument(
         "--scenario",
-        choices=["random", "failover", *SCENARIOS],
+        choices=["random", "failover", "mixed", *SCENARIOS],
         default="random",
-        help="random runs of a pair, or of a whole site with its controllers, or a named story",
+        help="random runs of a pair, or of a whole site with its controllers, or a named story, or all of these in turn",
     )
     parser.add_argument(
         "--mutate", nargs="*", metavar="NAME", help="take one step of safety away at a time: each must be found"

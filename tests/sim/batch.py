@@ -14,6 +14,7 @@ from tests.sim.world import Options, World, run
 
 #: Runs that one process makes before it tells of them.
 _AT_ONCE = 40
+_MIXTURE = [name for story in SCENARIOS for name in ("random", "failover", "failover", story)]
 
 
 @dataclass
@@ -40,6 +41,8 @@ def story_of(scenario: str, seed: int) -> tuple[Story, Options]:
             return random_run.story, random_run.options_of(seed)
         case "failover":
             return failover_run.story, failover_run.options_of(seed)
+        case "mixed":
+            return story_of(_MIXTURE[seed % len(_MIXTURE)], seed)
         case _:
             return SCENARIOS[scenario], Options(2.0)
 

@@ -10,14 +10,16 @@ from unittest import mock
 from mirrorfs import failover
 from mirrorfs.core import claims, epochs
 from mirrorfs.core.controller import RULES
+from mirrorfs.core.epochs import meet
 from mirrorfs.core.modes import Mode
 from mirrorfs.replication import Primary
+from tests.unit.situations import FAMILIES, promotions
 
 Row = tuple[str, str]
 
 #: What differs between two runs in a reason that is the same.
-_NAMES: Final = re.compile(r"\b[ab]\b")
-_VALUES: Final = re.compile(r"\d+|\([0-9a-f]{8}\)|since [^:;,]*(?=:)")
+_NAMES: Final = re.compile(r"\b(?!a (?:complete|copy|person|quick|second|backup))[abAB]\b")
+_VALUES: Final = re.compile(r"\d+|\([0-9a-f]{8}\)|(?<=since ).*(?=: if)|(?<=began at )[^;]*")
 
 #: Every row that a run with controllers and an arbiter can take, and has to.
 EXPECTED: Final = frozenset(
@@ -58,9 +60,8 @@ def counted(taken: Counter[Row]) -> Iterator[None]:
     def kind(table: str) -> Callable[..., None]:
         def note(answer: Any, *_: Any) -> None:
             taken[table, "nothing" if answer is None else type(answer).__name__] += 1
-            if reason := getattr(answer, "reason", ""):
-                text = _VALUES.sub("..", _NAMES.sub("X", reason))
-                taken[f"{table}, why", f"{type(answer).__name__}: {text}"] += 1
+            if why := _why(table, answer):
+                taken[why] += 1
 
         return note
 
@@ -83,9 +84,24 @@ def counted(taken: Counter[Row]) -> Iterator[None]:
         yield
 
 
+def rows_of_the_pages() -> set[Row]:
+    """The reasons in docs/HANDSHAKE.md, of verdicts and of answers to a promotion."""
+    met = [meet(a.hello(), b.hello()) for family in FAMILIES for a, b in family.cases().values()]
+    asked = [question.answer() for question in promotions().values()]
+    return {row for row in (_why("handshake", each) for each in met) if row} | {
+        row for row in (_why("promotion", each) for each in asked) if row
+    }
+
+
+def _why(table: str, answer: Any) -> Row | None:
+    reason = getattr(answer, "reason", "")
+    text = _VALUES.sub("..", _NAMES.sub("X", reason))
+    return (f"{table}, why", f"{type(answer).__name__}: {text}") if text else None
+
+
 def table(taken: Counter[Row]) -> str:
     """What was taken how often, and what was not."""
-    rows = [(*row, str(taken[row])) for row in sorted(EXPECTED | set(taken))]
+    rows = [(*row, str(taken[row])) for row in sorted(EXPECTED | rows_of_the_pages() | set(taken))]
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{name:{width}} {count:>9} {row}" for name, row, count in rows)
 
