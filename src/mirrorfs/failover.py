@@ -100,7 +100,7 @@ class Controller:
         now = trio.current_time()
         self._now = self._entered = self._linked_at = now
         self._since = time.time()
-        self._frozen_at = self._standby_at = 0.0
+        self._frozen_at = self._standby_at = self._answered_at = 0.0
         self._take = self._give = self._released = self._refused = False
         self._refusal = ""
         self._victim: tuple[int, str] | None = None
@@ -151,6 +151,7 @@ class Controller:
         self.posture, self.reason = rule.then, rule.name
         self._entered, self._since = trio.current_time(), time.time()
         self._refused, self._released = keeps, False
+        self._answered_at = 0.0
         for do in rule.do:
             self._do(do)
         self.heart.poke()
@@ -208,6 +209,7 @@ class Controller:
             unwell=self.application.unwell,
             refused=self._refused,
             in_posture_s=now - self._entered,
+            answered_s=now - self._answered_at if self._answered_at else 0.0,
             limits=self._limits,
         )
 
@@ -237,6 +239,8 @@ class Controller:
             self.application.complain(str(error))
             if self.posture is posture:
                 self._refused = True
+        if self.posture is posture:
+            self._answered_at = trio.current_time()
         self.wake()
 
     def _fence(self) -> None:

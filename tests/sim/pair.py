@@ -204,7 +204,9 @@ class Pair:
                 await self.promote(machine)
                 return
             except RefusedError as error:
-                if self.may_be_promoted(machine) and len(nodes) == 2:
+                if "no answer" in str(error):
+                    return  # from the arbiter, yet
+                if self.may_be_promoted(machine) and len(nodes) == 2 and "nobody knows" not in str(error):
                     self.world.blame(f"a promotion of {machine.name} is refused without need: {error}")
             except MirrorfsError:
                 return  # not now
@@ -233,11 +235,11 @@ class Pair:
         loser.forget()
         await loser.start(discard_local_data=True)
 
-    @staticmethod
-    def _worth(machine: Machine) -> tuple[bool, bool]:
+    def _worth(self, machine: Machine) -> tuple[bool, bool, bool]:
         """What a person looks at who has to take one side."""
         node = machine.node
-        return node is not None and node.keeper.record.epoch is not None, not machine.lost_memory
+        has_history = node is not None and node.keeper.record.epoch is not None
+        return self.may_be_promoted(machine), has_history, not machine.lost_memory
 
     def check_split(self) -> None:
         """A split brain is one only if each side has what the other lacks, or a promotion was forced."""

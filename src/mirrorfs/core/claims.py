@@ -33,7 +33,7 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class AskPeer:
-    """As `Swap`, if the peer confirms after this was read that it still follows: then what stands there is no claim of its."""
+    """As `Swap`, if the peer confirms after this was read that it still follows, so that it was granted nothing."""
 
     expected: int
 
@@ -68,17 +68,20 @@ def to_go_on(record: Record, found: Found, *, force: bool = False) -> Swap | Los
 def to_publish(record: Record, found: Found, *, mirrored: bool) -> Swap | AskPeer | Lost | None:
     """What a primary does with the record while it serves: nothing if that is right, else it writes its epoch there.
 
-    What it does not know it may overwrite only with a peer in sync, and not because it believes so: the peer may have been
-    granted the next epoch already, while this node has not noticed the loss of its link.
+    Believing itself mirrored is not enough to overwrite what it does not know, nor to be the first at an arbiter that is new or
+    was set back: the peer may have been granted the next epoch, here or by what was there before, while this node has not
+    noticed the loss of its link.
     """
     epoch = record.epoch
     assert epoch is not None
-    if found.epoch is not None and found.epoch.same(epoch) and not _strange(record, found):
+    strange = _strange(record, found)
+    if found.epoch is not None and found.epoch.same(epoch) and not strange:
         return None
-    if found.epoch is None or (found.volume_id == record.volume_id and _is_known(record, found.epoch)):
-        return Swap(found.seen.key_revision, epoch.number)
-    if mirrored:
+    is_known = found.epoch is None or (found.volume_id == record.volume_id and _is_known(record, found.epoch))
+    if mirrored and (strange or not is_known):
         return AskPeer(found.seen.key_revision)
+    if found.epoch is None or is_known:
+        return Swap(found.seen.key_revision, epoch.number)
     if found.volume_id != record.volume_id:
         return Lost(_other_volume(found))
     return Lost(_claimed(found.epoch))

@@ -83,7 +83,8 @@ class View:
 
     `linked`: this node's mount and the other's are connected. `silent_s`: since anything was heard of the other controller.
     `peer_*` are what that last said. `told_to_*`: a person's word, here or there. `refused`: what the mount answered to the
-    request of this posture was no. `unwell`: a service was restarted as often as it may be.
+    request of this posture was no; `answered_s`: since it answered at all. `unwell`: a service was restarted as often as it
+    may be.
     """
 
     mount: Mount = Mount.STOPPED
@@ -103,6 +104,7 @@ class View:
     unwell: bool = False
     refused: bool = False
     in_posture_s: float = 0.0
+    answered_s: float = 0.0
     limits: Limits = Limits()
 
     @property
@@ -135,6 +137,11 @@ class View:
     def may_ask_again(self) -> bool:
         """Whether the last refusal is long enough ago."""
         return self.in_posture_s >= self.limits.retry_s or not self.refused
+
+    @property
+    def came_to_nothing(self) -> bool:
+        """Whether the request of this posture was answered, and what it was for is still not so."""
+        return self.answered_s >= self.limits.retry_s
 
     @property
     def must_stop(self) -> bool:
@@ -209,6 +216,7 @@ RULES: Final = (
     ),
     Rule(P.TAKING, "it is the primary", lambda v: v.mount is Mount.LEADS, P.STARTING, (Do.START, Do.COUNT)),
     Rule(P.TAKING, "it is refused", lambda v: v.refused, P.IDLE),
+    Rule(P.TAKING, "it was given away at once", lambda v: v.came_to_nothing, P.IDLE),
     Rule(P.TAKING, "its mount is gone", lambda v: v.mount in (Mount.STOPPED, Mount.HUNG), P.IDLE),
     Rule(P.STARTING, "the mount does not serve", lambda v: v.must_stop, P.STOPPING, (Do.STOP,)),
     Rule(P.STARTING, "all are up", lambda v: v.services is Services.UP, P.SERVING),
@@ -259,7 +267,13 @@ RULES: Final = (
         P.IDLE,
         (Do.FORGET,),
     ),
-    Rule(P.GIVING, "it is refused", lambda v: v.refused and v.mount is Mount.LEADS, P.STARTING, (Do.START, Do.FORGET)),
+    Rule(
+        P.GIVING,
+        "it is refused, or came back at once",
+        lambda v: v.mount is Mount.LEADS and (v.refused or v.came_to_nothing),
+        P.STARTING,
+        (Do.START, Do.FORGET),
+    ),
     Rule(P.HELD, "a person has looked", lambda v: v.released, P.IDLE, (Do.FORGET,)),
 )
 
