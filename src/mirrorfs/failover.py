@@ -270,7 +270,7 @@ class Controller:
             count, on = content["maintenance"]
             macs = tuple(str(mac) for mac in content["macs"])
             before = self._peer
-            stop_s = content["stop_s"]
+            stop_s = content.get("stop_s")
             self._peer = _Peer(
                 mount,
                 posture,

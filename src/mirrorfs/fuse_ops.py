@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
@@ -92,9 +92,9 @@ class FuseOperations(pyfuse3.Operations):
         self._next_handle = 1
 
     @property
-    def handles(self) -> list[Handle]:
+    def handles(self) -> Collection[Handle]:
         """The files that applications have open."""
-        return list(self._files.values())
+        return self._files.values()
 
     # ---- helpers
 
