@@ -19,6 +19,7 @@ ORDER = [
     "split_brain_show",
     "verify_show",
     "preview_show",
+    "progress_show",
     "lab",
     "controller",
     "failover",

@@ -1,5 +1,8 @@
 """The commands of the failover controller."""
 
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from threading import Thread
 from typing import Annotated, Any, Final
 
 import typer
@@ -7,10 +10,12 @@ import typer
 from mirrorfs import control
 from mirrorfs.cli_base import ConfigFile, NodeName, configure_logging, load
 from mirrorfs.config import Config
-from mirrorfs.errors import UsageError
+from mirrorfs.errors import MirrorfsError, UsageError
+from mirrorfs.progress_show import progress
 
 STATUS_TIMEOUT_S: Final = 10.0
 SWITCH_S: Final = 180.0
+_POLL_S: Final = 0.5
 
 
 def has_controller(loaded: Config) -> bool:
@@ -23,8 +28,24 @@ def has_controller(loaded: Config) -> bool:
 
 
 def say(loaded: Config, command: str, **arguments: bool) -> None:
-    """Ask the controller of this node and print what it answers."""
-    print(control.request(loaded.node.controller, command, timeout_s=SWITCH_S, **arguments)["message"])
+    """Ask the controller of this node and print what it answers; meanwhile, what it does."""
+    socket = loaded.node.controller
+    answer = Future[dict[str, Any]]()
+
+    def ask() -> None:
+        try:
+            answer.set_result(control.request(socket, command, timeout_s=SWITCH_S, **arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # No pool: its thread would be waited for after Ctrl-C.
+    Thread(target=ask, daemon=True).start()
+    with progress(command) as show:
+        while not wait([answer], timeout=_POLL_S).done:
+            with suppress(MirrorfsError):
+                found = control.request(socket, "status", timeout_s=STATUS_TIMEOUT_S)
+                show(f"{command}: {found['posture']} ({found['because']}), the other controller: {found['peer']['posture']}")
+    print(answer.result()["message"])
 
 
 def preview(loaded: Config, *, yes: bool, force: bool) -> dict[str, Any]:

@@ -3,19 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from mirrorfs import control
+from mirrorfs.progress_show import progress
 
 _POLL_S: Final = 0.1
-#: Without a terminal, a line of progress after the first of these and then after each of the second, in seconds.
-_FIRST_LINE_S: Final = 2.0
-_LINES_S: Final = 10.0
-
-Show = Callable[[dict[str, Any]], None]
 
 
 def follow(socket: Path, *, as_json: bool) -> int:
@@ -25,7 +19,7 @@ def follow(socket: Path, *, as_json: bool) -> int:
     """
     lines: list[str] = []
     try:
-        with _progress() as show:
+        with progress("verify") as show:
             while True:
                 found = control.request(socket, "verify-look", since=len(lines))
                 lines += found["differences"]
@@ -34,7 +28,7 @@ def follow(socket: Path, *, as_json: bool) -> int:
                         print(line, flush=True)
                 if not found["running"] and not found["differences"]:
                     break
-                show(found)
+                show(_state(found))
                 time.sleep(0 if found["differences"] else _POLL_S)
     except KeyboardInterrupt:
         control.request(socket, "verify-stop")
@@ -54,34 +48,6 @@ def _summary(last: dict[str, Any]) -> str:
     if not last["found"]:
         return f"both trees are equal ({looked})"
     return f"differences: {last['found']}, of them repaired: {last['repaired']} ({looked})"
-
-
-@contextmanager
-def _progress() -> Iterator[Show]:
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as bar:
-        task = bar.add_task("verify")
-        yield lambda found: bar.update(task, description=_state(found))
-
-
-class _Lines:
-    """Progress where there is no terminal: a line now and then, none for a walk of a moment."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + _FIRST_LINE_S
-
-    def __call__(self, found: dict[str, Any]) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _LINES_S
-            print(_state(found), file=sys.stderr, flush=True)
 
 
 def _state(found: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ class SimulatedWatch:
         mount = self._machine.process
         if mount is None or mount.node is None:
             raise ControlError("no node listens")
-        promotion = mount.node.promotion
+        promotion, keeper = mount.node.promotion, mount.node.keeper
         answered = trio.Event()
         outcome: list[str | MirrorfsError] = []
 
@@ -100,6 +100,9 @@ class SimulatedWatch:
                 with mount.call():
                     if command == "promote":
                         outcome.append(await promotion.promote(**({"yes": False, "force": False} | arguments)))
+                        epoch = keeper.record.epoch
+                        if epoch is not None and len(epoch.in_sync) == 1:
+                            self._machine.world.promoted.add(epoch.tag)
                     else:
                         outcome.append(await promotion.demote(force=False))
             except MirrorfsError as error:

@@ -28,8 +28,6 @@ class Pair:
         self.world = world
         self.a, self.b = world.machines.values()
         self._are_running = False
-        #: Tags of epochs that began by hand.
-        self.promoted: set[str] = set()
         self.dice = random.Random(f"operator {world.seed}")
         self.applications = [
             Application(world, b"c%d" % number, random.Random(f"application {number} {world.seed}"))
@@ -107,7 +105,7 @@ class Pair:
             raise
         self.world.note(f"{machine.name}: {answer}")
         if not process.dead and node.keeper.record.epoch is not None:
-            self.promoted.add(node.keeper.record.epoch.tag)
+            self.world.promoted.add(node.keeper.record.epoch.tag)
         return answer
 
     def may_be_promoted(self, machine: Machine) -> bool:
@@ -255,7 +253,7 @@ class Pair:
             # What was acknowledged counts even if it was lost since, and so does a promotion by hand, and what was under way.
             known = {epoch.tag for epoch in records[other].epochs}
             own = {epoch.tag for epoch in records[mine].epochs} - known
-            has_acted = own & (self.promoted | self.world.acknowledged_by.keys() | self.world.awaited)
+            has_acted = own & (self.world.promoted | self.world.acknowledged_by.keys() | self.world.awaited)
             causes.append(bool(has_acted) or not ledgers[mine].seen <= ledgers[other].seen)
         if not all(causes):
             self.world.blame(f"a split brain without a cause: {a.split_brain or b.split_brain}")

@@ -63,6 +63,8 @@ class Options:
     descriptors: int = 20_000
     resync_bytes_per_s: float = math.inf
     arbiter: bool = False
+    #: Without an arbiter: a standby may be promoted by itself all the same.
+    allow_unarbitrated: bool = False
 
 
 class _Notes(logging.Handler):
@@ -113,6 +115,8 @@ class World:
         self.acknowledged_by: dict[str, str] = {}
         #: Tags of epochs that began while changes were under way: those may have been acknowledged in them.
         self.awaited: set[str] = set()
+        #: Tags of epochs that began by a promotion without the other node: that counts as something acknowledged.
+        self.promoted: set[str] = set()
         self._used_ids: set[int] = set()
         #: Tags of epochs that began on a node that was not in sync: nothing is promised of what it holds.
         self._mixtures: set[str] = set()
