@@ -107,6 +107,8 @@ class SimulatedWatch:
                         outcome.append(await promotion.demote(force=False))
             except MirrorfsError as error:
                 outcome.append(error)
+            if mount.dead and command == "promote":
+                self._machine.world.interrupted.add(self._machine.name)
             answered.set()
 
         self._machine.world.nursery.start_soon(answer)

@@ -184,9 +184,7 @@ class Machine:
             node(other),
             ReplicationConfig(checkpoint_interval_s=options.checkpoint_interval_s, on_peer_loss=options.on_peer_loss),
             resync=ResyncConfig(rate_limit_bytes_per_s=options.resync_bytes_per_s),
-            arbiter=ArbiterConfig(
-                kind="etcd" if options.arbiter else "none", allow_unarbitrated=options.allow_unarbitrated
-            ),
+            arbiter=ArbiterConfig(kind="etcd" if options.arbiter else "none", allow_unarbitrated=options.allow_unarbitrated),
         )
 
     async def _run(

@@ -254,7 +254,8 @@ class Pair:
             known = {epoch.tag for epoch in records[other].epochs}
             own = {epoch.tag for epoch in records[mine].epochs} - known
             has_acted = own & (self.world.promoted | self.world.acknowledged_by.keys() | self.world.awaited)
-            causes.append(bool(has_acted) or not ledgers[mine].seen <= ledgers[other].seen)
+            may_have = (a, b)[mine].name in self.world.interrupted
+            causes.append(bool(has_acted) or may_have or not ledgers[mine].seen <= ledgers[other].seen)
         if not all(causes):
             self.world.blame(f"a split brain without a cause: {a.split_brain or b.split_brain}")
 

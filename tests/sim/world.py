@@ -117,6 +117,8 @@ class World:
         self.awaited: set[str] = set()
         #: Tags of epochs that began by a promotion without the other node: that counts as something acknowledged.
         self.promoted: set[str] = set()
+        #: Machines that went down in the middle of one: whether it is on their disk nobody knows.
+        self.interrupted: set[str] = set()
         self._used_ids: set[int] = set()
         #: Tags of epochs that began on a node that was not in sync: nothing is promised of what it holds.
         self._mixtures: set[str] = set()
