@@ -152,6 +152,7 @@ class Journal:
         self._record = SafeFile(directory / "record", at)
         self._ids = SafeFile(directory / "ids", at)
         self._place = SafeFile(directory / "place", at)
+        self._trial = SafeFile(directory / "trial", no_fault)
 
     @property
     def file(self) -> Path:
@@ -184,12 +185,9 @@ class Journal:
 
     def time_a_record(self) -> float:
         """How long it takes now to make something durable here, in seconds; JournalError if the disk would not take it."""
-        trial = SafeFile(self._directory / "trial", no_fault)
         began = time.monotonic()
-        trial.save(None)
-        took_s = time.monotonic() - began
-        os.unlink(trial.path)
-        return took_s
+        self._trial.save(None)
+        return time.monotonic() - began
 
     def read_place(self) -> str | None:
         """Where the files underneath were when the node last ran; None if it never did."""

@@ -273,12 +273,12 @@ def test_an_empty_node_is_not_promoted_past_one_that_has_the_volume(site: Site) 
     for host in (one, two):
         host.kill()
     lose_disks(two)
+    one.boot.write_text("another")  # it was restarted while in sync: a person has to choose
     one.start()
     two.start()
-    wait_for(lambda: one.status()["peer"]["state"] != "disconnected", "they meet")
-    if state(two) == "waiting" and state(one) == "waiting":
-        with pytest.raises(RefusedError, match="holds nothing of the volume yet and one does"):
-            two.promote(force=True)
-        one.promote(yes=True)
+    wait_for(lambda: "is new" in two.status()["reason"], "they meet")
+    with pytest.raises(RefusedError, match="holds nothing of the volume yet and one does"):
+        two.promote(force=True)
+    one.promote(force=True)
     site.lab.wait_mirrored()
     assert site.lab.primary() is one

@@ -116,7 +116,7 @@ def test_the_labels_of_the_matrix_are_those_that_the_journal_says(tmp_path: Path
     said: set[str] = set()
     kept = Journal(tmp_path, at=said.add)
     files = {kept_in.path.name for kept_in in vars(kept).values() if isinstance(kept_in, journal.SafeFile)}
-    assert files - {"place"} == {"record", "ids"}, "`place` is for commands: nothing is decided by it"
+    assert files - {"place", "trial"} == {"record", "ids"}, "these two are for commands: nothing is decided by them"
     kept.save(Record())
     kept.save_ids(1)
     log = DirtyLog(tmp_path, at=said.add)

@@ -125,11 +125,12 @@ class Cluster:
             raise MirrorfsError(f"the controller of {name} has ended: {self.log(name).read_text()[-2000:]}")
 
     def start_controllers(self) -> None:
-        """Start both, and wait until the application is served."""
+        """Start both, and wait until the application is served and could be by the other one."""
         for name in self.lab.hosts:
             if name not in self._controllers:
                 self.start_controller(name)
-        self.wait_serving()
+        host = self.wait_serving()
+        wait_for(lambda: ((self.says(host.name) or {}).get("peer") or {}).get("mount") == "standby", "the other is a standby")
 
     def kill_controller(self, name: str) -> None:
         """SIGKILL to one."""
