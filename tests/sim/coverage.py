@@ -33,6 +33,8 @@ EXPECTED: Final = frozenset(
         (Mode.ALONE, Mode.ENDED),
         (Mode.MIRRORED, Mode.FROZEN),
         (Mode.MIRRORED, Mode.ENDED),
+        (Mode.MIRRORED, Mode.LOST),
+        (Mode.LOST, Mode.ALONE),
         (Mode.FROZEN, Mode.ALONE),
         (Mode.FROZEN, Mode.ENDED),
     )}
