@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -59,8 +59,8 @@ class ServicePort(Protocol):
     async def running(self) -> dict[str, bool]:
         """Which are there, and well."""
 
-    async def left(self) -> list[str]:
-        """Of which anything is there, well or not."""
+    async def left(self, running: Mapping[str, bool]) -> list[str]:
+        """Of which anything is there, well (as `running` says) or not."""
 
     async def watch(self, on_unwell: Callable[[str, str], None]) -> None:
         """Check them for ever."""
@@ -122,7 +122,7 @@ class Application:
     async def clean_up(self, *, leads: bool) -> None:
         """An earlier controller may have left addresses behind, and services on a node that is not the primary."""
         await self._drop_addresses()
-        if not leads and (left := await self._services.left()):
+        if not leads and (left := await self._services.left(await self._services.running())):
             log.info("stopped, since this node is not the primary: %s", ", ".join(left))
             for complaint in await self._services.stop_all():
                 log.error("%s", complaint)
@@ -164,7 +164,7 @@ class Application:
         running = await self._services.running()
         try:
             if not running or not all(running.values()):
-                if left := await self._services.left():
+                if left := await self._services.left(running):
                     log.info("not all services are well, and something is there of %s: started anew", ", ".join(left))
                     for complaint in await self._services.stop_all():
                         self.complain(complaint)

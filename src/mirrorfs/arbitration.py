@@ -115,7 +115,7 @@ class Arbitration:
 
     def begin_anew(self) -> None:
         """This node follows, and its tags without an answer count as the other one's from now on: it must not ask with them."""
-        self._tag = ""
+        self._tag, self._replaced = "", -1
 
     async def claim(self, *, force: bool = False, wanted: Callable[[], bool] = lambda: True) -> Grant | None:
         """Ask for an epoch of this node alone, as long as it is `wanted`. None where there is nobody to ask, and nothing stands

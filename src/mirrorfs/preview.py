@@ -3,7 +3,9 @@
 Nothing is changed. Times are not guessed: the trip to the other node or to the arbiter, and a durable record, are timed now.
 """
 
+import contextlib
 import os
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -27,12 +29,17 @@ class Preview:
 
     def __init__(self, node: "Node") -> None:
         self._node = node
+        self._asking = trio.Lock()
         self._answered = trio.Event()
         self._open_there: dict[str, Any] | None = None
 
     async def describe(self, *, yes: bool, force: bool) -> dict[str, Any]:
         """In plain values, times in seconds. `against` is the line with which `promote` would end, and `exit_status` its exit
         status."""
+        async with self._asking:
+            return await self._describe(yes=yes, force=force)
+
+    async def _describe(self, *, yes: bool, force: bool) -> dict[str, Any]:
         node = self._node
         found: dict[str, Any] = {"node": node.name, "against": "", "exit_status": 0}
         if node.primary is not None:
@@ -102,16 +109,12 @@ def open_files(node: "Node") -> dict[str, Any]:
     """What applications have open on this node: how many handles, how many of them for writing, and the paths of some."""
     handles = node.operations.handles
     above = os.readlink(f"/proc/self/fd/{node.root}")
+    # Each file once, however often it is open: the primary's requests wait meanwhile.
+    files = dict.fromkeys(handle.known for handle in sorted(handles, key=lambda handle: not handle.writable))
     paths: list[str] = []
-    for handle in sorted(handles, key=lambda handle: not handle.writable):
-        try:
-            where = os.readlink(f"/proc/self/fd/{node.tree.table.descriptor(handle.known)}")
-        except OSError:
-            continue  # lost its last name on a file system that does not open it any more
-        path = os.fsencode(where.removeprefix(above)).decode(errors="replace")
-        if path not in paths:
-            paths.append(path)
-        if len(paths) == _MOST_PATHS:
-            break
+    for known in islice(files, _MOST_PATHS):
+        with contextlib.suppress(OSError):  # it lost its last name, on a file system that does not open it any more
+            where = os.readlink(f"/proc/self/fd/{node.tree.table.descriptor(known)}")
+            paths.append(os.fsencode(where.removeprefix(above)).decode(errors="replace"))
     writing = sum(handle.writable for handle in handles)
     return {"node": node.name, "files": len(handles), "writing": writing, "paths": paths}

@@ -122,12 +122,12 @@ class Promotion:
         async with self.lock:
             if node.primary is not None:
                 return f"{name} is the primary already"
-            forced = self.decide(yes=yes, force=force, automatic=automatic)
-            new = node.keeper.record.epoch is None
-            grant = None
+            new, grant = node.keeper.record.epoch is None, None
             if new:
+                # Before the decision: the other node may come while the arbiter is asked, with the volume.
                 await node.arbitration.check_new(force=force)
-            elif automatic or node.arbitration.decides:
+            forced = self.decide(yes=yes, force=force, automatic=automatic)
+            if not new and (automatic or node.arbitration.decides):
                 grant, forced = await self._granted(force=force, forced=forced)
             volume_id = node.keeper.record.volume_id or os.urandom(16).hex()
             node.use_volume(volume_id)

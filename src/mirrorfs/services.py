@@ -130,10 +130,9 @@ class Services:
                 nursery.start_soon(self._look, service, answers)
         return {name: answers[name] for name in self._services}
 
-    async def left(self) -> list[str]:
-        """The services of which anything is there, well or not: an active unit, a process of a start command, or checks that
-        succeed."""
-        running = await self.running()
+    async def left(self, running: Mapping[str, bool]) -> list[str]:
+        """The services of which anything is there, well or not: those that are `running`, an active unit, a process of a start
+        command."""
         return [name for name, service in self._services.items() if running[name] or await self._has_processes(service)]
 
     async def _has_processes(self, service: _Service) -> bool:

@@ -347,9 +347,9 @@ async def test_what_is_left_of_a_service_is_found_though_its_check_fails(tmp_pat
     await services.start_all()
     (systemctl.parent / "down.service.active").unlink()
     flag.unlink()
-    assert await services.left() == ["up", "broken"]
+    assert await services.left(await services.running()) == ["up", "broken"]
     await services.stop_all()
-    assert await services.left() == []
+    assert await services.left(await services.running()) == []
 
 
 # --- units

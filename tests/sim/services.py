@@ -6,7 +6,7 @@ ends with the mount and not before, whatever signal the service is sent.
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -150,7 +150,7 @@ class SimulatedServices:
         service = self._machine.service
         return {NAME: service is not None and service.works}
 
-    async def left(self) -> list[str]:
+    async def left(self, running: Mapping[str, bool]) -> list[str]:
         """Whether anything is left of it."""
         await trio.lowlevel.checkpoint()
         return [NAME] if self._machine.service is not None else []

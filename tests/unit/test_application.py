@@ -1,6 +1,6 @@
 """The application as a whole: what was asked for last holds, however close together a start and a stop come."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import trio
@@ -59,7 +59,7 @@ class Running:
         await trio.sleep(0.01)
         return {"a": self.there and self.well}
 
-    async def left(self) -> list[str]:
+    async def left(self, running: Mapping[str, bool]) -> list[str]:
         return ["a"] if self.there else []
 
     async def watch(self, on_unwell: Callable[[str, str], None]) -> None:
