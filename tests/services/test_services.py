@@ -8,7 +8,7 @@ stand-in answers to `start`, `stop`, `is-active` and `kill` as systemctl(1) says
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -448,6 +448,17 @@ async def test_a_check_that_hangs_does_not_keep_a_watch_from_the_others(logs: Pa
         nursery.cancel_scope.cancel()
 
 
+def restarting(services: Services, watch: Watch, nursery: trio.Nursery) -> Callable[[str, str], None]:
+    """Note what a watch tells, and restart the service the first time."""
+
+    def on_unwell(name: str, problem: str) -> None:
+        watch.on_unwell(name, problem)
+        if len(watch.told) == 1:
+            nursery.start_soon(services.restart, name)
+
+    return on_unwell
+
+
 async def test_a_watch_looks_away_during_a_restart_and_begins_anew_after_it(tmp_path: Path, logs: Path, watch: Watch) -> None:
     pipe, token = tmp_path / "pipe", tmp_path / "token"
     os.mkfifo(pipe)
@@ -456,13 +467,7 @@ async def test_a_watch_looks_away_during_a_restart_and_begins_anew_after_it(tmp_
     services = Services([service("a", f"read line < {pipe} && touch {token}", "", check)], logs)
 
     async with trio.open_nursery() as nursery:
-
-        def on_unwell(name: str, problem: str) -> None:
-            watch.on_unwell(name, problem)
-            if len(watch.told) == 1:
-                nursery.start_soon(services.restart, name)
-
-        nursery.start_soon(services.watch, on_unwell)
+        nursery.start_soon(services.watch, restarting(services, watch, nursery))
         await eventually((logs / "a.log").exists)
         looks = watch.looks()
         await trio.sleep(5 * check.interval_s)
@@ -477,13 +482,7 @@ async def test_a_watch_tells_again_after_a_restart_that_it_did_not_see(tmp_path:
     check = replace(watch.check(f"rm {tmp_path}/token", failures=1), interval_s=1.0)
     services = Services([service("a", f"touch {tmp_path}/token", "", check)], logs)
     async with trio.open_nursery() as nursery:
-
-        def on_unwell(name: str, problem: str) -> None:
-            watch.on_unwell(name, problem)
-            if len(watch.told) == 1:
-                nursery.start_soon(services.restart, name)
-
-        nursery.start_soon(services.watch, on_unwell)
+        nursery.start_soon(services.watch, restarting(services, watch, nursery))
         await eventually(lambda: len(watch.told) == 2)
         nursery.cancel_scope.cancel()
 
