@@ -11,7 +11,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mirrorfs import failover_config
 from mirrorfs.core.beats import MAX_NETWORKS
@@ -86,6 +86,7 @@ class Config:
     verify: VerifyConfig = VerifyConfig()
     arbiter: ArbiterConfig = field(default_factory=ArbiterConfig)
     failover: FailoverConfig | None = None
+    session: Literal["kernel", "pyfuse3"] = "kernel"
     #: What has to be the same on both nodes, as one text for each key.
     shared: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -131,6 +132,7 @@ def load(file: Path, node: str | None = None) -> Config:
         raise top.error("volume", f"{shown(volume)} is not a name, use 1 to 32 of A-Z a-z 0-9 _ -")
     named_in_file = top.take("node", str)
     backing = top.take_path("backing")
+    session = _read_session(top)
     parts = top.take_table("nodes")
     replication, resync, verify, arbiter, failover = (
         top.take_table(name) for name in ("replication", "resync", "verify", "arbiter", "failover")
@@ -158,6 +160,7 @@ def load(file: Path, node: str | None = None) -> Config:
     return Config(
         file=file.absolute(),
         volume=volume,
+        session=session,
         node=nodes[own],
         peer=peer,
         replication=ReplicationConfig() if replication is None else _read_replication(replication),
@@ -169,9 +172,19 @@ def load(file: Path, node: str | None = None) -> Config:
     )
 
 
+def _read_session(top: Table) -> Literal["kernel", "pyfuse3"]:
+    """Who speaks to the kernel; the environment goes before the file."""
+    named = top.take("session", str)
+    kind = os.environ.get("MIRRORFS_SESSION") or named or "kernel"
+    if kind not in ("kernel", "pyfuse3"):
+        where = "is not a session" if named == kind else "in $MIRRORFS_SESSION is not a session"
+        raise top.error("session", f'{shown(kind)} {where}, use "kernel" or "pyfuse3"')
+    return cast(Literal["kernel", "pyfuse3"], kind)
+
+
 def _shared(content: dict[str, Any]) -> dict[str, str]:
     """The file less what each machine may have in its own way: who it is, and where its files and sockets are."""
-    own = re.compile(r"node|backing|(nodes\..*\.)?(backing|state_dir|control|controller)|failover\.key_file")
+    own = re.compile(r"node|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller)|failover\.key_file")
     return {key: text for key, text in failover_config.flatten(content).items() if not own.fullmatch(key)}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from mirrorfs import preview, session
+from mirrorfs import preview
 from mirrorfs.core import epochs, packing, wire
 from mirrorfs.core.dirty import is_quick
 from mirrorfs.core.epochs import Hello, Member, Standing
@@ -83,12 +83,24 @@ class Conversation:
         if not await self._act_on_verdict():
             return
         nursery.start_soon(self._guarded, self._send_news)
+        link.serve(self._serve, self._served, node.session.reactor)
         while True:
             for frame in await link.receive():
                 await self._on_frame(frame, nursery)
-            if node.standby is not None:
-                node.standby.acknowledge()
+            self._served()
             await trio.lowlevel.checkpoint()
+
+    def _serve(self, frame: Frame) -> bool:
+        """Take a frame in if that needs no waiting."""
+        node = self._node
+        if node.standby is not None:
+            return node.standby.take_now(frame)
+        return node.primary is not None and node.primary.on_frame(frame)
+
+    def _served(self) -> None:
+        """All frames that came together are taken in."""
+        if self._node.standby is not None:
+            self._node.standby.acknowledge()
 
     async def _act_on_verdict(self) -> bool:
         """False if the nodes have to greet again."""
@@ -277,7 +289,7 @@ class Conversation:
             await trio.to_thread.run_sync(empty_orphans, node.orphans)
         node.tree.table.begin_era()
         node.tree.table.close_idle()
-        await session.invalidate(node.tree.table.all())
+        await node.session.invalidate(node.tree.table.all())
         if quick:
             for items in await reports.pack(node.activity.dirty, node.tree):
                 self._link.send_message(Kind.HOT, items)
@@ -291,5 +303,6 @@ class Conversation:
             target=(Returning if quick else Target)(node.tree, node.orphans),
             lost=node.lost,
             before_first=trio.lowlevel.checkpoint,
+            syncs=node.session.syncs,
         )
         node.enter(f"{'catching up with' if quick else 'copying from'} {self._theirs.node}")

@@ -20,7 +20,7 @@ from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.journal import Journal
 from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
-from mirrorfs.session import Session
+from mirrorfs.session import Session, open_session
 from mirrorfs.status import describe
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Daemon:
         self._failure: MirrorfsError | None = None
         self._node: Node | None = None
         self._mount: backing.Mount | None = None
-        self._session = Session()
+        self._session: Session = open_session(config.session)
 
     async def run(self, *, discard_local_data: bool) -> None:
         """Serve until unmounted or told to stop; raises the MirrorfsError that made it end."""
@@ -67,11 +67,13 @@ class Daemon:
             nursery,
             discard_local_data=discard_local_data,
             arbiter=arbiter_of(self._config),
+            session=self._session,
         )
         self._node = node
         await node.check_tree()
         self._session.mount(node.operations, self._path, self._config.volume)
         self._mount = backing.top_mount(self._path)
+        await nursery.start(self._session.run)
         nursery.start_soon(self._serve_mount)
         await nursery.start(control.serve, self._config.node.control, self._on_command)
         nursery.start_soon(self._stop_on_signal)

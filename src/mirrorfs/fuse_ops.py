@@ -6,34 +6,32 @@ nothing on any other node.
 """
 
 import errno
-import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+import time
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final, Protocol
 
 import pyfuse3
 import trio
 
+from mirrorfs.answers import Answers, answered
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
-from mirrorfs.errors import MirrorfsError, NotPrimaryError
+from mirrorfs.errors import NotPrimaryError
 from mirrorfs.handles import Handle, Listing
+from mirrorfs.privileges import cleared_by, group_of_new, in_group, mode_of_new, without_special
 from mirrorfs.replication import Primary
 from mirrorfs.space import Space
+from mirrorfs.strand import in_task
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
 log = logging.getLogger(__name__)
 
-_CACHE_S: Final = 86_400.0
+_CACHE_S: Final = 86_400
 _ACL_ACCESS: Final = b"system.posix_acl_access"
-_ACL_DEFAULT: Final = b"system.posix_acl_default"
-_NAME_MAX: Final = 255
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Host(Protocol):
@@ -54,28 +52,6 @@ class Host(Protocol):
         """The smaller of both nodes."""
 
 
-def _answered(
-    handler: Callable[Concatenate["FuseOperations", P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate["FuseOperations", P], Coroutine[Any, Any, R]]:
-    """The one boundary where errors become errnos: any other exception would end pyfuse3's main loop."""
-
-    @functools.wraps(handler)
-    async def answer(self: "FuseOperations", *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await handler(self, *args, **kwargs)
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        except MirrorfsError as error:
-            raise pyfuse3.FUSEError(error.errno) from None
-        except pyfuse3.FUSEError:
-            raise
-        except Exception as error:
-            log.exception("a defect in %s", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from error
-
-    return answer  # type: ignore[return-value]  # functools.wraps forgets that `self` may be given by position only
-
-
 class FuseOperations(pyfuse3.Operations):
     """The file system that applications see."""
 
@@ -83,9 +59,10 @@ class FuseOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, tree: Tree, host: Host) -> None:
+    def __init__(self, tree: Tree, host: Host, answers: Answers) -> None:
         super().__init__()
         self._tree = tree
+        self._answers = answers
         self._host = host
         self._files: dict[int, Handle] = {}
         self._listings: dict[int, Listing] = {}
@@ -97,6 +74,11 @@ class FuseOperations(pyfuse3.Operations):
         return self._files.values()
 
     # ---- helpers
+
+    @staticmethod
+    def now_ns() -> int:
+        """The time that utimensat(2) sets for UTIME_NOW, in nanoseconds since 1970."""
+        return time.time_ns()
 
     def _primary(self, handle: Handle | None = None) -> Primary:
         primary = self._host.primary
@@ -111,96 +93,52 @@ class FuseOperations(pyfuse3.Operations):
         """The id of what the kernel knows by `number`."""
         return self._tree.table.get(number).id
 
-    def _entry(self, known: Known, *, number: int = ids.ROOT) -> pyfuse3.EntryAttributes:
-        """The attributes of a file; nothing is to be kept of what the kernel knows by a provisional `number`."""
-        status = self._tree.stat(known)
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = known.id
-        entry.st_mode = status.st_mode
-        entry.st_nlink = status.st_nlink
-        entry.st_uid = status.st_uid
-        entry.st_gid = status.st_gid
-        entry.st_rdev = status.st_rdev
-        entry.st_size = status.st_size
-        entry.st_blksize = status.st_blksize
-        entry.st_blocks = status.st_blocks
-        entry.st_atime_ns = status.st_atime_ns
-        entry.st_mtime_ns = status.st_mtime_ns
-        entry.st_ctime_ns = status.st_ctime_ns
-        timeout = 0.0 if self._host.primary is None or ids.is_provisional(number) else _CACHE_S
-        entry.attr_timeout = timeout
-        entry.entry_timeout = timeout
-        return entry
+    def _timeout_s(self, number: int = ids.ROOT) -> int:
+        """How long the kernel may keep what it is told; nothing of what it knows by a provisional `number`."""
+        return 0 if self._host.primary is None or ids.is_provisional(number) else _CACHE_S
 
-    def _looked_up(self, parent: int, name: bytes, known: Known) -> pyfuse3.EntryAttributes:
+    def _attributes(self, known: Known, number: int) -> Any:
+        return self._answers.attributes(known.id, self._tree.stat(known), self._timeout_s(number))
+
+    def _looked_up(self, parent: int, name: bytes, known: Known) -> Any:
         """The answer that makes the kernel know a file under a name."""
-        entry = self._entry(known)
+        status = self._tree.stat(known)
+        entry = self._answers.entry(known.id, status, self._timeout_s())
         known.lookups += 1
-        if (parent, name) not in known.names:
-            known.names.append((parent, name))
-        known.special = bool(entry.st_mode & (stat.S_ISUID | stat.S_ISGID))
+        if name not in (b".", b".."):
+            self._named(known, (parent, name), status)
         return entry
 
-    def _mode_of_new(self, parent: int, mode: int, ctx: pyfuse3.RequestContext) -> int:
-        """The mode asked for, less the umask unless the directory's default ACL takes its place."""
-        if not ctx.umask:
-            return mode
-        try:
-            self._tree.xattr(self._tree.table.get(parent), _ACL_DEFAULT)
-        except OSError:
-            return mode & ~ctx.umask
-        return mode
-
-    def _group_of_new(self, parent: int, gid: int) -> tuple[int, bool]:
-        """The group of a new file, and whether the directory hands its own down."""
-        above = self._tree.stat(self._tree.table.get(parent))
-        inherits = bool(above.st_mode & stat.S_ISGID)
-        return (above.st_gid if inherits else gid), inherits
+    def _named(self, known: Known, place: tuple[int, bytes], status: os.stat_result) -> None:
+        if place not in known.names:
+            known.names.append(place)
+        known.special = bool(status.st_mode & (stat.S_ISUID | stat.S_ISGID))
 
     def _numbered(self, what: Handle) -> int:
         number, self._next_handle = self._next_handle, self._next_handle + 1
         self._files[number] = what
         return number
 
-    def _clearer(self, known: Known, ctx: pyfuse3.RequestContext) -> int:
-        """The mode bits that a write by this caller takes away: as the kernel's setattr_should_drop_sgid() has it."""
-        if ctx.uid == 0:
-            return 0
-        if self._in_group(self._tree.stat(known).st_gid, ctx):
-            return stat.S_ISUID
-        return stat.S_ISUID | stat.S_ISGID
-
-    def _in_group(self, gid: int, ctx: pyfuse3.RequestContext) -> bool:
-        if gid == ctx.gid:
-            return True
-        try:
-            return gid in pyfuse3.get_sup_groups(ctx.pid)
-        except OSError:  # of another pid namespace, or gone already
-            return False
-
-    def _without_special(self, known: Known, clears: int) -> int | None:
-        """The mode that a write leaves, None if that is the present one."""
-        if not clears:
-            return None
-        mode = stat.S_IMODE(self._tree.stat(known).st_mode)
-        fresh = mode & ~clears
-        if mode & stat.S_IXGRP:
-            fresh &= ~stat.S_ISGID
-        return None if fresh == mode else fresh
-
     # ---- names
 
-    @_answered
-    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+    @answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> Any:
         parent = self._id(parent_inode)
-        known = self._tree.lookup(parent, name)
-        if name in (b".", b".."):
-            entry = self._entry(known)
-            known.lookups += 1
-            return entry
+        try:
+            known = self._tree.lookup(parent, name)
+        except FileNotFoundError:
+            timeout_s = self._timeout_s()
+            nothing = self._answers.nothing(timeout_s) if timeout_s else None
+            if nothing is None:
+                raise
+            return nothing
         return self._looked_up(parent, name, known)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        self.forgotten(inode_list)
+
+    def forgotten(self, inode_list: Iterable[tuple[int, int]]) -> None:
+        """The kernel has forgotten these numbers so many times each."""
         for number, count in inode_list:
             if number != ids.ROOT:
                 try:
@@ -208,58 +146,50 @@ class FuseOperations(pyfuse3.Operations):
                 except OSError as error:
                     log.error("cannot close what the kernel forgot: %s", error)
 
-    @_answered
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    @answered
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> Any:
         return await self._make(self._id(parent_inode), name, mode, rdev, ctx)
 
-    @_answered
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+    @answered
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> Any:
         return await self._make(self._id(parent_inode), name, mode, 0, ctx)
 
-    async def _make(
-        self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    async def _make(self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> Any:
         primary = self._primary()
-        mode = self._mode_of_new(parent, mode, ctx)
-        gid, inherits = self._group_of_new(parent, ctx.gid)
+        mode = mode_of_new(self._tree, parent, mode, ctx)
+        gid, inherits = group_of_new(self._tree, parent, ctx.gid)
         if inherits and stat.S_ISDIR(mode):
             mode |= stat.S_ISGID
         change = ops.MakeNode(parent, name, self._host.new_id(), mode, ctx.uid, gid, rdev)
         return self._looked_up(parent, name, await primary.change(change))
 
-    @_answered
-    async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    @answered
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext) -> Any:
         primary = self._primary()
         parent = self._id(parent_inode)
-        gid, _ = self._group_of_new(parent, ctx.gid)
+        gid, _ = group_of_new(self._tree, parent, ctx.gid)
         change = ops.Symlink(parent, name, self._host.new_id(), target, ctx.uid, gid)
         return self._looked_up(parent, name, await primary.change(change))
 
-    @_answered
+    @answered
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         return self._tree.readlink(self._tree.table.get(inode))
 
-    @_answered
-    async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    @answered
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext) -> Any:
         known, parent = self._tree.table.get(inode), self._id(new_parent_inode)
         await self._primary().change(ops.Link(known.id, parent, new_name))
         return self._looked_up(parent, new_name, known)
 
-    @_answered
+    @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._primary().change(ops.Unlink(self._id(parent_inode), name))
 
-    @_answered
+    @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._primary().change(ops.RemoveDirectory(self._id(parent_inode), name))
 
-    @_answered
+    @answered
     async def rename(
         self,
         parent_inode_old: int,
@@ -277,11 +207,11 @@ class FuseOperations(pyfuse3.Operations):
 
     # ---- attributes
 
-    @_answered
-    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._entry(self._tree.table.get(inode), number=inode)
+    @answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Any:
+        return self._attributes(self._tree.table.get(inode), inode)
 
-    @_answered
+    @answered
     async def setattr(
         self,
         inode: int,
@@ -289,12 +219,12 @@ class FuseOperations(pyfuse3.Operations):
         fields: pyfuse3.SetattrFields,
         fh: int | None,
         ctx: pyfuse3.RequestContext,
-    ) -> pyfuse3.EntryAttributes:
+    ) -> Any:
         primary = self._primary(None if fh is None else self._files.get(fh))
         known = self._tree.table.get(inode)
         mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
         if fields.update_size and mode is None:
-            mode = self._without_special(known, self._clearer(known, ctx))
+            mode = without_special(self._tree, known, cleared_by(self._tree, known, ctx))
         change = ops.SetAttributes(
             known.id,
             mode=mode,
@@ -309,60 +239,65 @@ class FuseOperations(pyfuse3.Operations):
             status = self._tree.stat(known)
             change = ops.SetAttributes(known.id, uid=status.st_uid, gid=status.st_gid)
         await primary.change(change, known)
-        return self._entry(known, number=inode)
+        return self._attributes(known, inode)
 
-    @_answered
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+    @answered
+    async def setxattr(  # `flags` as in setxattr(2); pyfuse3 has none
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext, flags: int = 0
+    ) -> None:
         primary = self._primary()
         known = self._tree.table.get(inode)
+        if flags:
+            self._check_there(known, name, flags)
         await primary.change(ops.SetXattr(known.id, name, value), known)
         if name == _ACL_ACCESS and ctx.uid != 0:
             await self._clear_foreign_setgid(primary, known, ctx)
 
+    def _check_there(self, known: Known, name: bytes, flags: int) -> None:
+        try:
+            self._tree.xattr(known, name)
+        except OSError as error:
+            if error.errno == errno.ENODATA and not flags & os.XATTR_REPLACE:
+                return
+            raise
+        if flags & os.XATTR_CREATE:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
     async def _clear_foreign_setgid(self, primary: Primary, known: Known, ctx: pyfuse3.RequestContext) -> None:
         """An ACL that was set by somebody outside the file's group takes its setgid bit away, as chmod(2) does."""
         status = self._tree.stat(known)
-        if not status.st_mode & stat.S_ISGID or self._in_group(status.st_gid, ctx):
+        if not status.st_mode & stat.S_ISGID or in_group(status.st_gid, ctx):
             return
         await primary.change(ops.SetAttributes(known.id, mode=stat.S_IMODE(status.st_mode) & ~stat.S_ISGID), known)
 
-    @_answered
+    @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         return self._tree.xattr(self._tree.table.get(inode), name)
 
-    @_answered
+    @answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         names = self._tree.xattrs(self._tree.table.get(inode))
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
-    @_answered
+    @answered
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         known = self._tree.table.get(inode)
         await self._primary().change(ops.RemoveXattr(known.id, name), known)
 
-    @_answered
-    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        space = self._host.space()
-        answer = pyfuse3.StatvfsData()
-        answer.f_bsize = answer.f_frsize = space.block_size
-        answer.f_blocks = space.total // space.block_size
-        answer.f_bfree = space.free // space.block_size
-        answer.f_bavail = space.available // space.block_size
-        answer.f_files = space.files
-        answer.f_ffree = answer.f_favail = space.files_free
-        answer.f_namemax = _NAME_MAX
-        return answer
+    @answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> Any:
+        return self._answers.room(self._host.space())
 
     # ---- files
 
-    @_answered
+    @answered
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
-    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+    ) -> tuple[Any, Any]:
         primary = self._primary()
         parent = self._id(parent_inode)
-        gid, _ = self._group_of_new(parent, ctx.gid)
-        mode = stat.S_IFREG | stat.S_IMODE(self._mode_of_new(parent, mode, ctx))
+        gid, _ = group_of_new(self._tree, parent, ctx.gid)
+        mode = stat.S_IFREG | stat.S_IMODE(mode_of_new(self._tree, parent, mode, ctx))
         change = ops.MakeNode(parent, name, self._host.new_id(), mode, ctx.uid, gid)
         try:
             known = await primary.change(change)
@@ -378,66 +313,75 @@ class FuseOperations(pyfuse3.Operations):
             self._tree.table.forget(known, 1)
             raise
 
-    @_answered
-    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    @answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> Any:
         return await self._open(self._tree.table.get(inode), flags, ctx, number=inode)
 
-    async def _open(self, known: Known, flags: int, ctx: pyfuse3.RequestContext, *, number: int = ids.ROOT) -> pyfuse3.FileInfo:
-        handle = Handle(known, flags, self._host.reign, self._clearer(known, ctx))
+    async def _open(self, known: Known, flags: int, ctx: pyfuse3.RequestContext, *, number: int = ids.ROOT) -> Any:
+        handle = Handle(known, flags, self._host.reign, cleared_by(self._tree, known, ctx))
         if handle.writable or flags & os.O_TRUNC:
             primary = self._primary()
             if flags & os.O_TRUNC:
-                mode = self._without_special(known, handle.clears)
+                mode = without_special(self._tree, known, handle.clears)
                 await primary.change(ops.SetAttributes(known.id, mode=mode, size=0), known)
         self._tree.table.hold(known)
-        keep = self._host.primary is not None and not ids.is_provisional(number)
-        return pyfuse3.FileInfo(fh=self._numbered(handle), keep_cache=keep)
+        is_primary = self._host.primary is not None
+        keep = is_primary and not ids.is_provisional(number)
+        return self._answers.opened(self._numbered(handle), keep=keep, direct=not is_primary)
 
-    @_answered
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    @answered
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]  # any buffer will do
         known = self._files[fh].known
         data = self._tree.read_cached(known, off, size)
         if data is not None:
             return data
+        await in_task()
         descriptor = self._tree.table.hold(known)
         try:
             return await trio.to_thread.run_sync(os.pread, descriptor, size, off)
         finally:
             self._tree.table.let_go(known)
 
-    @_answered
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
+    @answered
+    async def write(self, fh: int, off: int, buf: bytes | memoryview) -> int:
         handle = self._files[fh]
         primary = self._primary(handle)
         known = handle.known
         if known.special and handle.clears:
-            mode = self._without_special(known, handle.clears)
+            mode = without_special(self._tree, known, handle.clears)
             if mode is not None:
+                buf = bytes(buf)  # what lies in it after a wait is another request
                 await primary.change(ops.SetAttributes(known.id, mode=mode), known)
-        handle.unsettled = True
         written: int = await primary.change(ops.Write(known.id, off, buf), known)
         if handle.sync:
             # The kernel sends no FSYNC for asynchronous O_DIRECT writes.
             await primary.sync(known, handle.data_sync)
         return written
 
-    @_answered
-    async def flush(self, fh: int) -> None:
-        self._settle(self._files[fh])
+    async def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2). This and the next two are the kernel session's: pyfuse3 has none of them."""
+        handle = self._files[fh]
+        await self._primary(handle).change(ops.Allocate(handle.known.id, mode, offset, size), handle.known)
 
-    def _settle(self, handle: Handle) -> None:
-        primary = self._host.primary
-        if handle.unsettled and primary is not None:
-            primary.settle(handle.known.id)
-            handle.unsettled = False
+    async def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; the kernel does the others by itself."""
+        known = self._files[fh].known
+        descriptor = self._tree.table.data(known) if known.kind == stat.S_IFREG else self._tree.table.descriptor(known)
+        return os.lseek(descriptor, offset, whence)
 
-    @_answered
+    async def copy_file_range(self, source_fh: int, source_offset: int, fh: int, offset: int, size: int) -> int:
+        """copy_file_range(2): returns the bytes that were copied, which may be fewer than asked for."""
+        source, handle = self._files[source_fh], self._files[fh]
+        change = ops.CopyRange(source.known.id, source_offset, handle.known.id, offset, size)
+        copied: int = await self._primary(handle).change(change, handle.known)
+        return copied
+
+    @answered
     async def release(self, fh: int) -> None:
         handle = self._files.pop(fh)
-        self._settle(handle)
         self._tree.table.let_go(handle.known)
 
-    @_answered
+    @answered
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._files[fh]
         if handle.writable:
@@ -448,7 +392,7 @@ class FuseOperations(pyfuse3.Operations):
 
     # ---- directories
 
-    @_answered
+    @answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         known = self._tree.table.get(inode)
         self._tree.table.hold(known)
@@ -456,7 +400,7 @@ class FuseOperations(pyfuse3.Operations):
         self._listings[number] = Listing(known)
         return number
 
-    @_answered
+    @answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
         if start_id == 0 or not listing.names:
@@ -465,21 +409,20 @@ class FuseOperations(pyfuse3.Operations):
             name = listing.names[index]
             try:
                 known = self._listed(listing.known, name)
-                entry = self._entry(known)
+                status = self._tree.stat(known)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ESTALE, errno.EXDEV):
                     continue  # removed since the listing began, or something that is mounted underneath
                 if index > start_id:
                     return  # what is in the answer counts; the error comes with the next request
                 raise
-            if not pyfuse3.readdir_reply(token, name, entry, index + 1):
+            entry = self._answers.entry(known.id, status, self._timeout_s())
+            if not self._answers.list_entry(token, name, entry, index + 1):
                 self._tree.table.drop_unused(known)
                 return
             if index > 1:
                 known.lookups += 1
-                known.special = bool(entry.st_mode & (stat.S_ISUID | stat.S_ISGID))
-                if (listing.known.id, name) not in known.names:
-                    known.names.append((listing.known.id, name))
+                self._named(known, (listing.known.id, name), status)
 
     def _listed(self, directory: Known, name: bytes) -> Known:
         if name == b".":
@@ -488,11 +431,11 @@ class FuseOperations(pyfuse3.Operations):
             return directory if directory.gone else self._tree.table.get(self._tree.parent_of(directory))
         return self._tree.lookup(directory.id, name)
 
-    @_answered
+    @answered
     async def releasedir(self, fh: int) -> None:
         self._tree.table.let_go(self._listings.pop(fh).known)
 
-    @_answered
+    @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         primary = self._host.primary
         if primary is not None:

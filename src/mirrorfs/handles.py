@@ -11,7 +11,7 @@ class Handle:
     `clears` are the mode bits that a write through it takes away, besides setgid where the group may execute.
     """
 
-    __slots__ = ("clears", "data_sync", "known", "reign", "sync", "unsettled", "writable")
+    __slots__ = ("clears", "data_sync", "known", "reign", "sync", "writable")
 
     def __init__(self, known: Known, flags: int, reign: int, clears: int) -> None:
         self.known = known
@@ -20,7 +20,6 @@ class Handle:
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.sync = bool(flags & os.O_DSYNC)
         self.data_sync = flags & os.O_SYNC != os.O_SYNC
-        self.unsettled = False
 
 
 class Listing:

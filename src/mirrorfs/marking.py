@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from mirrorfs.activity import Activity
 from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import Entry, Located, Mark
+from mirrorfs.strand import in_task
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -22,20 +23,26 @@ class Marking:
 
         No await follows the look that counts: a checkpoint may have let a mark go while the disk was waited for.
         """
+        await in_task()
         while True:
-            dirty = self.activity.dirty
-            if not dirty.tracking or (target is not None and target.gone):
-                return 0
-            old_size = 0
-            if isinstance(change, ops.SetAttributes) and change.size is not None:
-                old_size = self._tree.stat(self._tree.table.get(change.file)).st_size
-            cold = dirty.cold(change, old_size)
-            if isinstance(change, ops.Link) and (other := self._name_of(change.file)) is not None:
-                cold += dirty.cold_names(other[0])
+            old_size, cold = self.look(change, target)
             if not cold:
                 return old_size
             await self.activity.make_durable([*self._located(cold, change), *cold])
             await self._admitted()
+
+    def look(self, change: ops.Change, target: Known | None) -> tuple[int, list[Mark]]:
+        """The size in bytes of a file that the change may truncate, and the marks that must be made durable before it."""
+        dirty = self.activity.dirty
+        if not dirty.tracking or (target is not None and target.gone):
+            return 0, []
+        old_size = 0
+        if isinstance(change, ops.SetAttributes) and change.size is not None:
+            old_size = self._tree.stat(self._tree.table.get(change.file)).st_size
+        cold = dirty.cold(change, old_size)
+        if isinstance(change, ops.Link) and (other := self._name_of(change.file)) is not None:
+            cold += dirty.cold_names(other[0])
+        return old_size, cold
 
     def after(self, change: ops.Change, old_size: int) -> None:
         """The change was made."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from mirrorfs import backing, session
+from mirrorfs import backing
 from mirrorfs.activity import Activity
 from mirrorfs.arbiter import Arbiter
 from mirrorfs.arbitration import Arbitration
@@ -41,6 +41,7 @@ from mirrorfs.preview import Preview
 from mirrorfs.promotion import Promotion
 from mirrorfs.replication import Primary
 from mirrorfs.resync.progress import Progress
+from mirrorfs.session import NoSession, Session
 from mirrorfs.space import Space
 from mirrorfs.split_brain import SplitBrain
 from mirrorfs.standby import Standby
@@ -66,7 +67,9 @@ class Node:
         *,
         discard_local_data: bool,
         arbiter: Arbiter | None = None,
+        session: Session | None = None,
     ) -> None:
+        self.session = session or NoSession()
         self.config = config
         self.keeper = keeper
         self.activity = activity
@@ -74,7 +77,7 @@ class Node:
         self.primary: Primary | None = None
         self.standby: Standby | None = None
         self.reign = 0
-        self.operations = FuseOperations(self.tree, self)
+        self.operations = FuseOperations(self.tree, self, self.session.answers)
         self.name = config.node.name
         self.root = under.tree
         self.orphans = under.orphans
@@ -204,13 +207,14 @@ class Node:
         assert self.primary is None
         self.tree.new_id = self._found_id
         self.tree.adopt_provisional()
-        await session.invalidate(self.tree.table.all())
+        await self.session.invalidate(self.tree.table.all())
         primary = Primary(
             self.tree,
             self.keeper,
             self.activity,
             config=self.config,
             disk_failed=self._on_disk_failure,
+            syncs=self.session.syncs,
         )
         self.tree.on_found = primary.found
         if self.arbitration.is_asked:
@@ -233,7 +237,7 @@ class Node:
         if primary is not None:
             primary.retire()
         self.enter(reason)
-        await session.invalidate(self.tree.table.all())
+        await self.session.invalidate(self.tree.table.all())
 
     def _on_disk_failure(self, error: OSError) -> None:
         self.nursery.start_soon(self._leave_after_disk_failure, f"the disk of this node failed: {error.strerror}")

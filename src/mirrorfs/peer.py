@@ -20,6 +20,7 @@ import trio
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+from mirrorfs.reactor import Reactor
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,12 @@ class Link:
         self._decoder = decoder
         self._early = True  # frames may have come in one piece with the greeting
         self._listening = False
+        self._serve: Callable[[Frame], bool] = lambda frame: False
+        self._served: Callable[[], None] = lambda: None
+        self._reactor: Reactor | None = None
+        self._inbox: list[Frame] = []
+        self._trouble: Exception | None = None  # that came up while the reactor served
+        self._arrived = trio.Event()
         self.streams = 0
         self._ack_timeout_s = ack_timeout_s
         self._stall_timeout_s = stall_timeout_s
@@ -79,7 +86,9 @@ class Link:
                 if sent >= len(part):
                     sent -= len(part)
                     continue
-                self._outbox.append(memoryview(part)[sent:])
+                rest = memoryview(part)[sent:]
+                # Only bytes stay what they are: a view is of a buffer that is used again.
+                self._outbox.append(rest if isinstance(part, bytes) else memoryview(bytes(rest)))
                 self._outbox_bytes += len(part) - sent
                 sent = 0
         if self._outbox:
@@ -89,19 +98,85 @@ class Link:
         """Send a frame with a msgpack payload."""
         self.send(wire.encode_message(kind, content))
 
+    def serve(self, serve: Callable[[Frame], bool], served: Callable[[], None], reactor: "Reactor | None") -> None:
+        """From here on `serve` is given each frame as soon as it is read, while `receive` is waited in: it takes it in, or
+        returns False and leaves it, with all that follow, to `receive`. `served` is called after those that came together.
+
+        With a `reactor`, that reads; without, `receive` does. What they raise, `receive` raises.
+        """
+        self._serve, self._served, self._reactor = serve, served, reactor
+
     async def receive(self) -> list[Frame]:
-        """The frames that have arrived, at least one; raises LinkLostError or ProtocolError when there will be no more."""
-        while True:
-            data = b"" if self._early else await self._read()
+        """The frames that have arrived and were not served, at least one; raises LinkLostError or ProtocolError when there
+        will be no more."""
+        if self._early:
             self._early = False
-            frames = []
-            for frame in self._decoder.feed(data):
-                if frame.kind is Kind.HEARTBEAT:
-                    self._busy_s = frame.offset / 1000
-                else:
-                    frames.append(frame)
-            if frames:
+            if frames := self._sort(b""):
                 return frames
+        if self._reactor is not None:
+            return await self._receive_from(self._reactor)
+        while True:
+            if frames := self._sort(await self._read()):
+                return frames
+
+    def _sort(self, data: bytes) -> list[Frame]:
+        """Serve what these bytes complete; returns what is left to do, in its order."""
+        left: list[Frame] = []
+        for frame in self._decoder.feed(data):
+            if frame.kind is Kind.HEARTBEAT:
+                self._busy_s = frame.offset / 1000
+            elif left or not self._serve(frame):
+                left.append(frame)
+        if not left:
+            self._served()
+        return left
+
+    async def _receive_from(self, reactor: Reactor) -> list[Frame]:
+        """Let the reactor read until there is something left to do."""
+        if self.failure is not None:
+            raise self.failure
+        self._arrived = trio.Event()
+        self._listening = True
+        descriptor = self._socket.fileno()
+        reactor.add(descriptor, self._readable)
+        try:
+            await self._arrived.wait()
+        finally:
+            reactor.remove(descriptor)
+            self._listening = False
+        if self._trouble is not None:
+            raise self._trouble
+        frames, self._inbox = self._inbox, []
+        return frames
+
+    def _readable(self) -> None:
+        """The reactor found something to read."""
+        if self._arrived.is_set():
+            return  # the order: what is left is taken in first
+        try:
+            data = self._socket.recv(_READ_SIZE)
+            if data:
+                self._heard = True
+                self._inbox = self._sort(data)
+            else:
+                raise self._ended()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._trouble = self.failure or LinkLostError(f"the connection broke: {error.strerror}")
+        except Exception as error:  # whatever it is, it ends the link and not the reactor
+            self._trouble = error
+        if self._inbox or self._trouble is not None:
+            assert self._reactor is not None
+            self._reactor.remove(self._socket.fileno())
+            self._arrived.set()
+
+    def _ended(self) -> MirrorfsError:
+        if self.failure is not None:
+            return self.failure
+        if self._decoder.incomplete:
+            return ProtocolError("the connection ended inside a frame")
+        return LinkLostError("the connection was closed")
 
     async def _read(self) -> bytes:
         while True:
@@ -121,9 +196,7 @@ class Link:
             except OSError as error:
                 raise self.failure or LinkLostError(f"the connection broke: {error.strerror}") from error
             if not data:
-                if self._decoder.incomplete:
-                    raise ProtocolError("the connection ended inside a frame")
-                raise LinkLostError("the connection was closed")
+                raise self._ended()
             self._heard = True
             return data
 
@@ -153,7 +226,7 @@ class Link:
         self.failure = error
         self._writable.set()
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)  # the reactor finds it readable
         trio.lowlevel.notify_closing(self._socket)
 
     def dispose(self) -> None:

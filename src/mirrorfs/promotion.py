@@ -84,6 +84,7 @@ class Promotion:
                 target=None,
                 lost=node.lost,
                 before_first=invalidated.wait,
+                syncs=node.session.syncs,
             )
         node.tree.table.begin_era()
         try:

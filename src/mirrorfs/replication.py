@@ -29,7 +29,9 @@ from mirrorfs.resync.full import Copier
 from mirrorfs.resync.quick import CatchUp
 from mirrorfs.resync.reports import Report
 from mirrorfs.settling import Settling
+from mirrorfs.strand import in_task
 from mirrorfs.stream import Stream
+from mirrorfs.syncing import Syncs
 from mirrorfs.table import Known
 from mirrorfs.tree import PartialChangeError, Tree
 
@@ -56,7 +58,9 @@ class Primary:
         *,
         config: Config,
         disk_failed: Callable[[OSError], None],
+        syncs: Syncs,
     ) -> None:
+        self._syncs = syncs
         self.tree = tree
         self.keeper = keeper
         self.activity = activity
@@ -91,8 +95,15 @@ class Primary:
         be made, nothing is. Raises OSError as the backing store gives it, NotPrimaryError, or FrozenError after
         `freeze_timeout`.
         """
-        await self._admitted()
-        old_size = await self._marking.before(change, target) if self.activity.dirty.tracking else 0
+        if not self._is_open:
+            change = ops.owned(change)
+            await self._admitted()
+        old_size = 0
+        if self.activity.dirty.tracking:
+            old_size, cold = self._marking.look(change, target)
+            if cold:
+                change = ops.owned(change)
+                old_size = await self._marking.before(change, target)
         if not only_if():
             return None
         result, sequence, failure = self._make(change, target, old_size)
@@ -187,30 +198,21 @@ class Primary:
         stream, version = self.stream, known.version
         sequence = self._send_sync(known, data_only)
         descriptor = self.tree.table.hold_to_sync(known)
-        failure: OSError | None = None
-
-        async def sync_here() -> None:
-            nonlocal failure
-            try:
-                await trio.to_thread.run_sync(os.fdatasync if data_only else os.fsync, descriptor)
-            except OSError as error:
-                failure = error
-                nursery.cancel_scope.cancel()
-
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(sync_here)
-                if sequence:
-                    assert stream is not None
-                    await stream.flushed(sequence)
+            await self._syncs.sync(descriptor, data_only)
+            known.synced = max(known.synced, version)
+            if sequence:
+                assert stream is not None
+                await stream.flushed(sequence)
+        except OSError as error:
+            self.disk_failed(error)
+            raise
         finally:
             if known.is_directory:
                 os.close(descriptor)
             self.tree.table.let_go(known)
-        if failure is not None:
-            self.disk_failed(failure)
-            raise failure
-        known.synced = max(known.synced, version)
+            if stream is not None:
+                stream.forget_flush(sequence)
         if sequence and stream is not None and not stream.broken:
             return
         await self._acknowledged(sequence if stream is self.stream else 0)  # numbers of another stream mean nothing
@@ -239,8 +241,16 @@ class Primary:
 
     # ---- waiting
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether a change may begin at once."""
+        return self.mode is Mode.MIRRORED or (self.mode is Mode.ALONE and self.copier is None)
+
     async def _admitted(self) -> None:
         """Wait until a change may begin."""
+        if self._is_open:
+            return
+        await in_task()
         while True:
             if self.mode is Mode.ENDED:
                 raise NotPrimaryError("this node is not the primary any more")
@@ -262,15 +272,18 @@ class Primary:
                 if await stream.applied(sequence, answers=True):
                     return
                 if self.mode is Mode.MIRRORED:
+                    await in_task()
                     await self._wait_for_change()
             elif self.mode is Mode.ALONE:
                 if not self.keeper.wrote_alone:
+                    await in_task()
                     await self.keeper.note_written_alone()
                     continue
                 return
             elif self.mode is Mode.ENDED:
                 raise NotPrimaryError("this node is not the primary any more")
             else:
+                await in_task()
                 await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:

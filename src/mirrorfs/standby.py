@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, get_args
 
 import trio
@@ -30,6 +31,7 @@ from mirrorfs.resync.full import Target
 from mirrorfs.resync.hashes import hashes
 from mirrorfs.resync.quick_target import Returning
 from mirrorfs.resync.reports import pack_wanted
+from mirrorfs.syncing import Syncs
 from mirrorfs.tree import PartialChangeError, Tree
 from mirrorfs.witness import Witness
 
@@ -40,6 +42,8 @@ _FILES_PER_FRAME: Final = 10_000
 #: The disk of a target begins after so much, and not when the checkpoint at the end waits for it.
 _WRITE_BACK_BYTES: Final = 8 << 20
 _LIVE: Final = (*get_args(ops.Change), ops.Introduce)
+#: What is applied as soon as it is read; all else has to wait for something.
+_AT_ONCE: Final = frozenset(wire.KIND_OF[kind] for kind in (*_LIVE, ops.Sync))
 
 
 class Standby:
@@ -60,7 +64,10 @@ class Standby:
         target: Target | Returning | None,
         lost: LostStore,
         before_first: Callable[[], Awaitable[None]],
+        syncs: Syncs,
     ) -> None:
+        self._syncs = syncs
+        self._failed: OSError | PartialChangeError | None = None
         self.tree = tree
         self.target = target
         self.applied = 0
@@ -92,15 +99,36 @@ class Standby:
         """Whether the frame belongs to the stream."""
         return frame.kind in _OPERATIONS
 
-    async def take(self, frame: Frame) -> None:
-        """Apply one frame of the stream; LinkLostError after a divergence."""
+    def take_now(self, frame: Frame) -> bool:
+        """Apply one frame of the stream if that needs no waiting; if not, `take` is to do it."""
+        if frame.kind not in _AT_ONCE or self.target is not None or not self._begun:
+            return False
+        operation = self._in_order(frame)
+        try:
+            if isinstance(operation, ops.Sync):
+                self._start_flush(operation, frame.sequence)
+            else:
+                self._apply(operation)
+        except (OSError, PartialChangeError) as error:
+            self._failed = error
+            return False
+        self.applied = frame.sequence
+        return True
+
+    def _in_order(self, frame: Frame) -> ops.Operation:
         if frame.sequence != self.applied + 1:
             raise ProtocolError(f"number {frame.sequence} on the stream where {self.applied + 1} was due")
-        operation = wire.decode_operation(frame)
+        return wire.decode_operation(frame)
+
+    async def take(self, frame: Frame) -> None:
+        """Apply one frame of the stream; LinkLostError after a divergence."""
+        operation = self._in_order(frame)
         if not self._begun:
             await self._before_first()
             self._begun = True
         try:
+            if self._failed is not None:
+                raise self._failed
             match operation:
                 case ops.Sync() | ops.Checkpoint():
                     self._start_flush(operation, frame.sequence)
@@ -211,23 +239,25 @@ class Standby:
         if known is None or known.gone:
             self._nursery.start_soon(self._flush, sequence, self.tree.write_back, None)
             return
-        held = self.tree.table.hold(known)
-        if known.is_directory:
-            descriptor = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        else:
-            descriptor = os.dup(held)
         version = known.version
-
-        def sync() -> None:
-            try:
-                (os.fdatasync if operation.data_only else os.fsync)(descriptor)
-            finally:
-                os.close(descriptor)
+        descriptor = self.tree.table.hold_to_sync(known)
 
         def done() -> None:
             known.synced = max(known.synced, version)
+            if known.is_directory:
+                os.close(descriptor)
             self.tree.table.let_go(known)
 
+        def ended(code: int) -> None:
+            done()
+            if code < 0:
+                self._nursery.start_soon(self.sync_failed, OSError(-code, os.strerror(-code)))
+            elif not self.failure:
+                self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
+
+        if self._syncs.begin(descriptor, operation.data_only, ended):
+            return
+        sync = partial(os.fdatasync if operation.data_only else os.fsync, descriptor)
         self._nursery.start_soon(self._flush, sequence, sync, done)
 
     async def _flush(

@@ -10,6 +10,31 @@ from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.peer import Link
+from mirrorfs.strand import pause, waker
+
+
+class _Flush:
+    """A sync that the peer was told to make."""
+
+    __slots__ = ("ended", "succeeded", "waiting")
+
+    def __init__(self) -> None:
+        self.ended = self.succeeded = False
+        self.waiting: list[Callable[[], None]] = []
+
+    async def wait(self) -> None:
+        """Until its result is known, or the link has ended."""
+        if not self.ended:
+            wake = waker()
+            self.waiting.append(wake)
+            await pause(lambda: self.waiting.remove(wake))
+
+    def end(self, *, succeeded: bool) -> None:
+        """Let everybody who waits go on."""
+        self.ended, self.succeeded = True, self.succeeded or succeeded
+        waiting, self.waiting = self.waiting, []
+        for wake in waiting:
+            wake()
 
 
 class Stream:
@@ -22,8 +47,8 @@ class Stream:
         self.sent = 0
         self.acknowledged = 0
         self.broken = False
-        self._waiters: deque[tuple[int, trio.lowlevel.Task, bool]] = deque()
-        self._flushes: dict[int, tuple[trio.Event, list[int]]] = {}
+        self._waiters: deque[tuple[int, Callable[[], None], bool]] = deque()
+        self._flushes: dict[int, _Flush] = {}
         self._answers: dict[int, tuple[trio.Event, list[Frame]]] = {}
 
     @property
@@ -40,7 +65,7 @@ class Stream:
     def put_flush(self, operation: ops.Flush) -> int:
         """Send a sync, whose result `flushed` will wait for."""
         sequence = self.put(operation)
-        self._flushes[sequence] = (trio.Event(), [])
+        self._flushes[sequence] = _Flush()
         return sequence
 
     async def applied(self, sequence: int, *, answers: bool = False) -> bool:
@@ -50,24 +75,23 @@ class Stream:
             return True
         if self.broken:
             return False
-        waiter = (sequence, trio.lowlevel.current_task(), answers)
+        waiter = (sequence, waker(), answers)
         self._waiters.append(waiter)
-
-        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
-            self._waiters.remove(waiter)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        await pause(lambda: self._waiters.remove(waiter))
         return self.acknowledged >= sequence
 
     async def flushed(self, sequence: int) -> bool:
         """Wait until the peer's disk has everything up to the sync `sequence`; False if the link was lost before."""
-        done, result = self._flushes[sequence]
+        flush = self._flushes[sequence]
         try:
-            await done.wait()
+            await flush.wait()
         finally:
             del self._flushes[sequence]
-        return result == [0]
+        return flush.succeeded
+
+    def forget_flush(self, sequence: int) -> None:
+        """Nobody waits for this sync any more."""
+        self._flushes.pop(sequence, None)
 
     def ask(self, question: ops.Question) -> int:
         """Send a question, whose answer `answer` will wait for."""
@@ -87,8 +111,8 @@ class Stream:
 
     async def drained(self) -> bool:
         """Wait until the peer has applied, and synced, everything that was sent; False if the link was lost before."""
-        for event, _ in list(self._flushes.values()):
-            await event.wait()
+        for flush in list(self._flushes.values()):
+            await flush.wait()
         return await self.applied(self.sent) and not self.broken
 
     def on_frame(self, frame: Frame) -> bool:
@@ -108,14 +132,12 @@ class Stream:
         """The peer has applied everything up to `sequence`."""
         self.acknowledged = sequence
         while self._waiters and self._waiters[0][0] <= sequence:
-            trio.lowlevel.reschedule(self._waiters.popleft()[1])
+            self._waiters.popleft()[1]()
 
     def on_flushed(self, sequence: int) -> None:
         """The peer's sync `sequence` has succeeded."""
         if sequence in self._flushes:
-            event, result = self._flushes[sequence]
-            result.append(0)
-            event.set()
+            self._flushes[sequence].end(succeeded=True)
 
     def on_answer(self, frame: Frame) -> None:
         """The peer's answer to a question has come."""
@@ -128,6 +150,8 @@ class Stream:
         """The link is lost: everybody who waits is told."""
         self.broken = True
         while self._waiters:
-            trio.lowlevel.reschedule(self._waiters.popleft()[1])
-        for event, _ in (*self._flushes.values(), *self._answers.values()):
+            self._waiters.popleft()[1]()
+        for flush in list(self._flushes.values()):
+            flush.end(succeeded=False)
+        for event, _ in self._answers.values():
             event.set()

@@ -65,6 +65,7 @@ class Tree:
         self._device = os.fstat(root).st_dev
         self._volume = b""
         self._can_ask_for_cached = True
+        self._buffer = bytearray(1 << 17)
         self.new_id: Callable[[], int | None] = no_new_ids
         self.on_found: Callable[[int, bytes], None] = no_finder
         self.table = Table(root)
@@ -251,12 +252,14 @@ class Tree:
         """The id of a directory's parent; the root is its own."""
         return known.id if known.id == ids.ROOT else self.lookup(known.id, b"..").id
 
-    def read_cached(self, known: Known, offset: int, size: int) -> bytes | None:
-        """Up to `size` bytes if they are in memory, None if a disk has to be waited for."""
+    def read_cached(self, known: Known, offset: int, size: int) -> memoryview | None:
+        """Up to `size` bytes if they are in memory, good until the next await; None if a disk has to be waited for."""
         descriptor = self.table.data(known)
         if not self._can_ask_for_cached:
             return None
-        buffer = bytearray(size)
+        if size > len(self._buffer):
+            self._buffer = bytearray(size)
+        buffer = memoryview(self._buffer)[:size]
         try:
             count = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -267,10 +270,8 @@ class Tree:
             self._can_ask_for_cached = False
             return None
         if count == size:
-            return bytes(buffer)
-        if offset + count >= os.fstat(descriptor).st_size:
-            return bytes(memoryview(buffer)[:count])
-        return None
+            return buffer
+        return buffer[:count] if offset + count >= os.fstat(descriptor).st_size else None
 
     def readlink(self, known: Known) -> bytes:
         """Where a symbolic link points."""

@@ -147,7 +147,8 @@ class Witness:
     async def _fetch(self, question: ops.Fetch) -> bytes:
         """The bytes at this point: what comes behind on the stream waits until they are read."""
         known = self._reach(question)
-        data = self._tree.read_cached(known, question.offset, question.size)
+        cached = self._tree.read_cached(known, question.offset, question.size)
+        data = None if cached is None else bytes(cached)
         if data is None:
             descriptor = evidence.open_to_read(self._tree, known)
             try:

@@ -207,6 +207,8 @@ class SimulatedLink:
         self._listening = False
         self._ack_timeout_s = ack_timeout_s
         self._closing = trio.Event()
+        self._serve: Callable[[Frame], bool] = lambda frame: False
+        self._served: Callable[[], None] = lambda: None
         self.streams = 0
         self.failure: MirrorfsError | None = None
         self.bytes_sent = 0
@@ -226,13 +228,20 @@ class SimulatedLink:
     def send_message(self, kind: Kind, content: object = None) -> None:
         self.send(wire.encode_message(kind, content))
 
+    def serve(self, serve: Callable[[Frame], bool], served: Callable[[], None], reactor: None) -> None:
+        self._serve, self._served = serve, served
+
     async def receive(self) -> list[Frame]:
         while True:
             data = b"" if self._early else await self._read()
             self._early = False
-            frames = list(self._decoder.feed(data))
-            if frames:
-                return frames
+            left: list[Frame] = []
+            for frame in self._decoder.feed(data):
+                if left or not self._serve(frame):
+                    left.append(frame)
+            if left:
+                return left
+            self._served()
 
     async def _read(self) -> bytes:
         if self.failure is not None:

@@ -41,7 +41,7 @@ from tests.sim.processes import Process, Running
 #: Rooms of mirrorfs that do not run in the simulator; all others get a simulated `os`, `time`, `shutil` and `backing`.
 _OUTSIDE: Final = (
     *("arbiter", "backing", "checks", "cli", "commands", "config", "control", "daemon", "heartbeat", "journal_show", "lab"),
-    *("lost", "neighbours", "peer", "services", "session", "vip", "watch"),
+    *("kernel", "lost", "neighbours", "peer", "pyfuse3_session", "reactor", "services", "session", "vip", "watch"),
 )
 _SERVING: Final = (Mode.MIRRORED, Mode.ALONE, Mode.LOST)
 _EIO: Final = 5
@@ -208,7 +208,6 @@ class World:
         yield _module("table"), "resource", limits
         yield _module("standby"), "_WRITE_BACK_BYTES", 64 << 10
         yield _module("resync.full"), "Survey", _Survey
-        yield _module("session"), "_forget_all", lambda files, cached: None
         yield trio.to_thread, "run_sync", self._in_thread
         node = _module("node")
         yield node, "Link", SimulatedLink

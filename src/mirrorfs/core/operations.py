@@ -16,7 +16,7 @@ class Write:
 
     file: int
     offset: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +375,13 @@ Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Marked 
 
 #: Of `Rename.flags`, as in renameat2(2).
 RENAME_EXCHANGE: Final = 2
+
+
+def owned(change: Change) -> Change:
+    """The same change, whose data is its own: that of a `Write` may lie in a buffer that holds something else after a wait."""
+    if isinstance(change, Write) and not isinstance(change.data, bytes):
+        return Write(change.file, change.offset, bytes(change.data))
+    return change
 
 
 def values(operation: Operation) -> tuple[Any, ...]:

@@ -151,9 +151,9 @@ class Sender:
 
     async def _read(self, known: Known, offset: int, size: int, at_once: bool) -> bytes | None:
         """Read a piece as it stands at this point of the stream; None if the file was written while a disk was waited for."""
-        data = self.tree.read_cached(known, offset, size)
-        if data is not None or at_once:
-            return os.pread(self.tree.table.data(known), size, offset) if data is None else data
+        cached = self.tree.read_cached(known, offset, size)
+        if cached is not None or at_once:
+            return os.pread(self.tree.table.data(known), size, offset) if cached is None else bytes(cached)
         version = known.version
         descriptor = self.tree.table.hold(known)
         try:

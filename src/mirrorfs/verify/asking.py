@@ -144,7 +144,8 @@ class Asking:
     async def read_now(self, known: Known, offset: int, size: int) -> bytes:
         """What stands in a file at the moment at which this returns: it counts until the caller's next await."""
         for _ in range(_TRIES):
-            data = self.tree.read_cached(known, offset, size)
+            cached = self.tree.read_cached(known, offset, size)
+            data = None if cached is None else bytes(cached)
             if data is not None:
                 return data
             version, descriptor = known.version, evidence.open_to_read(self.tree, known)

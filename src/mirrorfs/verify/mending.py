@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import trio
 
-from mirrorfs import evidence, session
+from mirrorfs import evidence
 from mirrorfs.core import operations as ops
 from mirrorfs.core.dirty import BLOCK
 from mirrorfs.lost import LostStore
+from mirrorfs.session import Session
 from mirrorfs.verify.asking import Asking, Place
 from mirrorfs.verify.walk import Range
 from mirrorfs.witness import keep
@@ -32,7 +33,8 @@ _CAPABILITY: Final = b"security.capability"
 class Mending:
     """Mends this node by the peer's data, or with `from_own` the peer by this node's; `good` is the node that has it right."""
 
-    def __init__(self, asking: Asking, lost: LostStore, *, good: str, from_own: bool) -> None:
+    def __init__(self, asking: Asking, lost: LostStore, session: Session, *, good: str, from_own: bool) -> None:
+        self._invalidate = session.invalidate
         self._asking = asking
         self._tree = asking.tree
         self._lost = lost
@@ -97,7 +99,7 @@ class Mending:
         writes += await self._attributes(place, own, good, wrote=bool(writes))
         if (writes or own[4] != good[4]) and known.version == version + writes:
             await self._change(place, ops.SetAttributes(known.id, mtime_ns=good[4]), lambda: known.version == version + writes)
-        await session.invalidate([known])
+        await self._invalidate([known])
 
     async def _write(self, place: Place, first: int, last: int) -> int:
         """Write the standby's bytes where this node still has the bad ones; returns how many writes that took."""

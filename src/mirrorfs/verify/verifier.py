@@ -66,7 +66,7 @@ class Verifier:
             raise RefusedError(f"not mirrored, or not the primary ({node.state}: {node.reason}){advice}")
         asking = Asking(node.primary)
         own = node.config.node.name
-        mending = Mending(asking, node.lost, good=good, from_own=good == own) if good else None
+        mending = Mending(asking, node.lost, node.session, good=good, from_own=good == own) if good else None
         self._walk = Walk(
             asking,
             own,

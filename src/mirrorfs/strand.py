@@ -1,0 +1,177 @@
+"""Coroutines that are run by hand, for what must be answered in microseconds: a request of the kernel, a message of the peer.
+
+A task of trio costs more than such a request. A strand is a coroutine that the reactor runs at once, as far as it gets without
+waiting; most end there. What it waits for takes `waker()` and calls it, and then the reactor runs the strand on. Code that may
+run in a strand waits in two ways only: `pause`, which works in a task too, and, before anything of trio's (a sleep, a lock, a
+cancel scope, a worker thread), `in_task`, from which on the rest of the strand runs in a task of trio.
+
+Strands run in the trio thread, one at a time; what lies between two awaits is atomic, as it is between tasks.
+"""
+
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+_PAUSE: Final = object()
+_TASK: Final = object()
+
+#: The strand that runs at this moment.
+_running: "Strand | None" = None
+
+
+class Strands:
+    """The strands of one process: those that can go on, and a nursery for those that need trio. `woken` is called when one
+    can go on."""
+
+    def __init__(self, woken: Callable[[], None]) -> None:
+        self.ready: deque[Strand] = deque()
+        self.nursery: trio.Nursery | None = None
+        self._paused: set[Strand] = set()
+        self._woken = woken
+
+    def start(self, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Run a coroutine as far as it gets now; `done` is given its result, or what it raised."""
+        Strand(self, coroutine, done).run()
+
+    def run_ready(self) -> bool:
+        """Run those that can go on; False if there are none."""
+        ready = self.ready
+        if not ready:
+            return False
+        for _ in range(len(ready)):
+            ready.popleft().run()
+        return True
+
+    def wake(self, strand: "Strand") -> None:
+        """What it waited for has happened."""
+        self._paused.discard(strand)
+        self.ready.append(strand)
+        self._woken()
+
+    def paused(self, strand: "Strand") -> None:
+        """It waits for something."""
+        self._paused.add(strand)
+
+    def move(self, strand: "Strand") -> None:
+        """The rest of it runs in a task."""
+        assert self.nursery is not None
+        self.nursery.start_soon(strand.run_in_task)
+
+    def end(self) -> None:
+        """Nothing will wake them any more: give up what still waits. Nobody is told."""
+        for strand in (*self._paused, *self.ready):
+            strand.end()
+        self._paused.clear()
+        self.ready.clear()
+
+
+class Strand:
+    """One coroutine that is run by hand."""
+
+    __slots__ = ("_coroutine", "_done", "_strands")
+
+    def __init__(
+        self, strands: Strands, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any, BaseException | None], None]
+    ) -> None:
+        self._strands = strands
+        self._coroutine = coroutine
+        self._done = done
+
+    def run(self) -> None:
+        """Run it as far as it gets."""
+        global _running  # noqa: PLW0603
+        before, _running = _running, self
+        try:
+            trap = self._coroutine.send(None)
+        except StopIteration as stop:
+            _running = before
+            self._done(stop.value, None)
+            return
+        except BaseException as error:
+            _running = before
+            self._done(None, error)
+            return
+        _running = before
+        if trap is _TASK:
+            self._strands.move(self)
+        else:
+            assert trap is _PAUSE, f"a strand waits for trio outside of a task: {trap!r}"
+
+    def wake(self) -> None:
+        """What it waited for has happened: it goes on as soon as the reactor comes to it."""
+        self._strands.wake(self)
+
+    def pausing(self) -> None:
+        """It is about to wait."""
+        self._strands.paused(self)
+
+    async def run_in_task(self) -> None:
+        """Run the rest of it, as a part of the present task."""
+        try:
+            result = await _rest_of(self._coroutine)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            self._done(None, error)
+        else:
+            self._done(result, None)
+
+    def end(self) -> None:
+        """Give it up."""
+        self._coroutine.close()
+
+
+@types.coroutine
+def _rest_of(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Run a coroutine that has begun already: `await` takes none of these."""
+    step, value = coroutine.send, None
+    while True:
+        try:
+            trap = step(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            value, step = (yield trap), coroutine.send
+        except BaseException as error:
+            value, step = error, coroutine.throw
+
+
+@types.coroutine
+def _trap(what: object) -> Generator[Any, Any, None]:
+    yield what
+
+
+async def in_task() -> None:
+    """From here on this runs in a task of trio, and may use all that trio has."""
+    if _running is not None:
+        await _trap(_TASK)
+
+
+def is_strand() -> bool:
+    """Whether this runs in a strand."""
+    return _running is not None
+
+
+def waker() -> Callable[[], None]:
+    """What lets the caller go on who is about to `pause`; to be called once."""
+    if _running is not None:
+        return _running.wake
+    return partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
+
+
+async def pause(give_up: Callable[[], None]) -> None:
+    """Wait until the `waker` is called. If the task is cancelled before, `give_up` is: the waker must not be used then."""
+    if _running is not None:
+        _running.pausing()
+        await _trap(_PAUSE)
+        return
+
+    def abort(_: Any) -> trio.lowlevel.Abort:
+        give_up()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    await trio.lowlevel.wait_task_rescheduled(abort)
