@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,27 @@ def site_runs(request: pytest.FixtureRequest) -> Background:
     return request.session.stash[_BACKGROUND]
 
 
+@pytest.fixture(scope="session", params=["kernel", "pyfuse3"])
+def fuse_session(request: pytest.FixtureRequest) -> str:
+    """The sessions that speak to the kernel: each is the other's oracle. `MIRRORFS_SESSION` chooses one."""
+    chosen = os.environ.get("MIRRORFS_SESSION", request.param)
+    if chosen != request.param:
+        pytest.skip(f"only {chosen} is asked for")
+    return str(request.param)
+
+
+@contextmanager
+def served_by(kind: str) -> Iterator[None]:
+    """Nodes that are started in here use that session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIRRORFS_SESSION", kind)
+        yield
+
+
 @pytest.fixture(scope="session")
-def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def mirrored(fuse_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One mirrored pair for all tests that only use its file system; they leave it mirrored."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    with Lab.up(Path(tmp_path_factory.mktemp("lab"))) as lab:
+    with served_by(fuse_session), Lab.up(Path(tmp_path_factory.mktemp("lab"))) as lab:
         yield lab
