@@ -4,12 +4,12 @@ import struct
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, get_args
-from zlib import crc32
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
@@ -314,7 +314,7 @@ def test_a_name_that_leads_out_of_the_tree_is_named_in_the_error() -> None:
 
 def _raw(length: int, kind: int, payload: bytes = b"") -> bytes:
     fixed = wire.HEADER.pack(length, kind, 0, 0, 0, 0, 0)
-    return fixed + wire.CHECKSUM.pack(crc32(payload, crc32(fixed))) + payload
+    return fixed + wire.CHECKSUM.pack(xxh3_64_intdigest(payload, seed=xxh3_64_intdigest(fixed))) + payload
 
 
 def test_a_length_above_the_bound_is_refused_before_its_payload_arrives() -> None:
@@ -345,6 +345,47 @@ def test_a_wrong_checksum_is_refused() -> None:
         list(Decoder().feed(good))
 
 
+def test_the_checksum_is_of_header_and_payload_and_ends_a_header_of_forty_bytes() -> None:
+    header, payload = wire.encode(Frame(Kind.WRITE, 7, 5, 4096, b"data"))
+    fixed = struct.pack("<IBBHQQQ", 4, 32, 0, 0, 7, 5, 4096)
+    assert header == fixed + struct.pack("<Q", xxh3_64_intdigest(b"data", seed=xxh3_64_intdigest(fixed)))
+    assert len(header) == wire.HEADER_SIZE == 40
+    assert payload == b"data"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_payload_is_encoded_as_it_is_without_a_copy(kind: type) -> None:
+    payload = kind(b"some data")
+    header, sent = wire.encode(Frame(Kind.WRITE, 1, 5, 0, payload))
+    assert sent is payload
+    assert (header, bytes(sent)) == wire.encode(Frame(Kind.WRITE, 1, 5, 0, b"some data"))
+    assert wire.decode_operation(_one(header + bytes(sent))) == ops.Write(5, 0, b"some data")
+
+
+@given(st.lists(st.binary(max_size=60), max_size=4), st.integers(1, 50), st.sampled_from([bytes, bytearray]))
+def test_what_a_decoder_was_fed_may_change_afterwards(payloads: list[bytes], size: int, kind: type) -> None:
+    stream = b"".join(part for payload in payloads for part in wire.encode(Frame(Kind.WRITE, 1, 5, 0, payload)))
+    decoder, frames = Decoder(), list[Frame]()
+    for at in range(0, len(stream), size):
+        piece = kind(stream[at : at + size])
+        frames += decoder.feed(piece)
+        if isinstance(piece, bytearray):
+            piece[:] = bytes(len(piece))
+    assert [frame.payload for frame in frames] == payloads
+    assert all(type(frame.payload) is bytes for frame in frames)
+
+
+def test_a_decoder_that_is_left_after_a_frame_goes_on_behind_it() -> None:
+    data = b"".join(_bytes(ops.Checkpoint(number, 1), number) for number in (1, 2, 3))
+    decoder = Decoder()
+    for frame in decoder.feed(data[:-3]):
+        assert frame.sequence == 1
+        break
+    assert [frame.sequence for frame in decoder.feed(b"")] == [2]
+    assert [frame.sequence for frame in decoder.feed(data[-3:])] == [3]
+    assert not decoder.incomplete
+
+
 def test_the_frames_before_a_bad_one_are_delivered() -> None:
     decoder = Decoder()
     stream = decoder.feed(_bytes(ops.Checkpoint(7, 1 << 40)) + _raw(0, 255))
@@ -355,7 +396,7 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
 
 def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 5, 0, 0)
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 6, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +404,8 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     [
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
-        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 5"),
-        (struct.pack("<8sHHI", b"mirrorfs", 5, 3, 0), "protection 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 6"),
+        (struct.pack("<8sHHI", b"mirrorfs", 6, 3, 0), "protection 3"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:
