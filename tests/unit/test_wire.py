@@ -22,15 +22,16 @@ _IDS = st.integers(1, (1 << 63) - 1)
 _NUMBERS = st.integers(0, (1 << 63) - 1)
 _TIMES = st.integers(-(1 << 62), (1 << 64) - 2)
 _DATA = st.binary(max_size=300)
+_COPY_SIZES = st.integers(0, ops.MAX_COPY)
 _NAMES = (
     st.one_of(st.binary(min_size=1, max_size=255), st.sampled_from([b"...", b".a", b"..a", b"\xff\n", b"n" * 255]))
     .map(lambda name: name.replace(b"/", b"_").replace(b"\0", b"_"))
     .filter(lambda name: name not in (b".", b".."))
 )
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    **dict.fromkeys(["file", "parent", "new_parent", "directory"], _IDS),
+    **dict.fromkeys(["file", "parent", "new_parent", "directory", "source"], _IDS),
     **dict.fromkeys(["name", "new_name"], _NAMES),
-    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NUMBERS),
+    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from", "source_offset"], _NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _TIMES),
     **dict.fromkeys(["data", "target", "value", "after"], _DATA),
     "entry": st.just(b"") | _NAMES,
@@ -43,6 +44,12 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
 _FIELDS["files"] = st.lists(
     st.builds(ops.WholeFile, **{field: _FIELDS[field] for field in ops.WholeFile._fields}), max_size=5
 ).map(tuple)
+#: Fields that mean something else than those of the same name in other operations.
+_OWN_FIELDS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
+    ops.Allocate: {"mode": st.sampled_from(sorted(ops.ALLOCATE_MODES))},
+    ops.CopyRange: {"size": _COPY_SIZES},
+    ops.Times: {"files": st.lists(st.tuples(_IDS, _TIMES), max_size=5).map(tuple)},
+}
 
 
 def _operations(kind: type) -> st.SearchStrategy[Any]:
@@ -50,7 +57,8 @@ def _operations(kind: type) -> st.SearchStrategy[Any]:
     if kind is ops.SetAttributes:
         optional = {field.name: st.none() | _FIELDS[field.name] for field in fields(kind) if field.name != "file"}
         return st.builds(kind, file=_IDS, **optional)
-    built = st.builds(kind, **{field.name: _FIELDS[field.name] for field in fields(kind)})
+    strategies = _FIELDS | _OWN_FIELDS.get(kind, {})
+    built = st.builds(kind, **{field.name: strategies[field.name] for field in fields(kind)})
     return built | built.map(lambda entry: replace(entry, parent=0, name=b"", file=1)) if kind is ops.Entry else built
 
 
@@ -192,6 +200,9 @@ _SOUND: dict[type, ops.Operation] = {
         ops.SetAttributes(5, 0o600, 0, 0, 0, 0, 0),
         ops.SetXattr(5, b"user.name", b"value"),
         ops.RemoveXattr(5, b"user.name"),
+        ops.Times(((5, 0), (6, -1))),
+        ops.Allocate(5, ops.KEEP_SIZE, 0, 4096),
+        ops.CopyRange(6, 0, 5, 0, ops.MAX_COPY),
         ops.Introduce(1, b"name", 5),
         ops.Entry(1, b"name", 5, 0o100644, 0, 0, 0, 0, b"", ((b"user.name", b"value"),)),
         ops.CopyData(5, 0, b"data"),
@@ -246,10 +257,21 @@ _OF_A_FILE: list[list[Any]] = [
 _NOT_FILES: list[Any] = [None, 5, b"name", [b"name"], [[]], [_FILE[:-1]], [[*_FILE, 0]]]
 _NOT_FILES += [[[*_FILE[:at], value, *_FILE[at + 1 :]]] for at, values in enumerate(_OF_A_FILE) for value in values]
 _NOT_RANGES = [None, 5, b"name", [5], [[5]], [[5, -1]], [[5, 1 << 63]], [[b"5", 5]], [[0, 4096, 8192]]]
+_NOT_TOLD = [
+    None,
+    5,
+    b"name",
+    [5],
+    [[5]],
+    [[5, 0, 0]],
+    *([[number, 0]] for number in _NOT_IDS),
+    *([[5, t]] for t in _NOT_TIMES),
+]
+_NUMBER_FIELDS = ["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from", "source_offset"]
 _UNSOUND: dict[str, list[Any]] = {
-    **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),
+    **dict.fromkeys(["file", "parent", "new_parent", "directory", "source"], _NOT_IDS),
     **dict.fromkeys(["name", "new_name"], _NOT_NAMES),
-    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NOT_NUMBERS),
+    **dict.fromkeys(_NUMBER_FIELDS, _NOT_NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _NOT_TIMES),
     **dict.fromkeys(["target", "value", "data", "after"], _NOT_BYTES),
     "entry": [name for name in _NOT_NAMES if name != b""],
@@ -259,6 +281,13 @@ _UNSOUND: dict[str, list[Any]] = {
     "xattrs": _NOT_XATTRS,
     "names": _NOT_GATHERED,
     "files": _NOT_FILES,
+}
+_UNSOUND_HERE: dict[tuple[type, str], list[Any]] = {
+    (ops.SetXattr, "name"): _NOT_XATTR_NAMES,
+    (ops.RemoveXattr, "name"): _NOT_XATTR_NAMES,
+    (ops.Allocate, "mode"): [*_NOT_NUMBERS, ops.PUNCH_HOLE, 0x08, 0x40, ops.ZERO_RANGE | ops.PUNCH_HOLE | ops.KEEP_SIZE],
+    (ops.CopyRange, "size"): [*_NOT_NUMBERS, ops.MAX_COPY + 1],
+    (ops.Times, "files"): _NOT_TOLD,
 }
 _OF_MESSAGES = [kind for kind in wire.KIND_OF if kind not in (ops.Write, ops.CopyData) and fields(kind)]
 
@@ -277,8 +306,7 @@ def test_the_operations_that_are_spoilt_below_are_sound(kind: type) -> None:
 
 @pytest.mark.parametrize(("kind", "field"), [(kind, field.name) for kind in _OF_MESSAGES for field in fields(kind)])
 def test_an_operation_with_a_field_that_no_primary_sends_is_a_protocol_error(kind: type, field: str) -> None:
-    values = _NOT_XATTR_NAMES if field == "name" and kind in (ops.SetXattr, ops.RemoveXattr) else _UNSOUND[field]
-    for value in values:
+    for value in _UNSOUND_HERE.get((kind, field)) or _UNSOUND[field]:
         with pytest.raises(ProtocolError, match=f"malformed {wire.KIND_OF[kind].name}"):
             raise AssertionError(f"{field} {value!r} made {wire.decode_operation(_with(_SOUND[kind], **{field: value}))}")
 

@@ -78,6 +78,9 @@ class Kind(IntEnum):
     SET_XATTR = 40
     REMOVE_XATTR = 41
     INTRODUCE = 42
+    TIMES = 43
+    ALLOCATE = 44
+    COPY_RANGE = 45
     ENTRY = 48
     COPY_DATA = 49
     DIRECTORY_DONE = 50
@@ -116,6 +119,9 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.SetXattr: Kind.SET_XATTR,
     ops.RemoveXattr: Kind.REMOVE_XATTR,
     ops.Introduce: Kind.INTRODUCE,
+    ops.Times: Kind.TIMES,
+    ops.Allocate: Kind.ALLOCATE,
+    ops.CopyRange: Kind.COPY_RANGE,
     ops.Entry: Kind.ENTRY,
     ops.CopyData: Kind.COPY_DATA,
     ops.Vanish: Kind.VANISH,
