@@ -71,11 +71,13 @@ def _make_on_both(trees: tuple[Tree, Tree], change: ops.Change) -> ops.Change | 
 
 @pytest.mark.root
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(_CHANGES, min_size=1, max_size=8))
+@given(st.lists(_CHANGES, min_size=1, max_size=5))
 def test_whatever_changes_is_marked_and_is_the_same_on_both_nodes(trees: tuple[Tree, Tree], changes: list[ops.OfFile]) -> None:
     primary, standby = trees
     for number in (_ONE, _TWO):
         _make_on_both(trees, ops.SetAttributes(number, size=0))
+        for offset in (0, EXTENT - 2 * BLOCK):
+            _make_on_both(trees, ops.Write(number, offset, bytes([number]) * 5 * BLOCK))
     for change in changes:
         dirty = DirtySet(Head(new_from=1 << 40, complete=True))
         before = _content(primary, change.file)
