@@ -31,8 +31,6 @@ _FS_IMMUTABLE_FL: Final = 0x10
 _MNT_DETACH: Final = 2
 _AT_EMPTY_PATH: Final = 0x1000
 _HANDLE_BYTES: Final = 128
-_FALLOC_FL_KEEP_SIZE: Final = 1
-_FALLOC_FL_PUNCH_HOLE: Final = 2
 
 # PyDLL keeps the GIL: for a call that never waits, since giving it up costs more than it takes. A node that waits for its disk
 # and keeps it is taken for lost: its heartbeats come from another thread.
@@ -69,10 +67,12 @@ def rename2(old_directory: int, old: bytes, new_directory: int, new: bytes, flag
     _check(_slow_libc.renameat2(old_directory, old, new_directory, new, flags))
 
 
-def punch_hole(descriptor: int, offset: int, size: int) -> None:
-    """fallocate(2): these bytes are a hole from now on; the size of the file stays as it is."""
-    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    _check(_slow_libc.fallocate(descriptor, mode, ctypes.c_long(offset), ctypes.c_long(size)))
+def allocate(descriptor: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2). Of one that fails, a part may have been done."""
+    while True:
+        with suppress(InterruptedError):
+            _check(_slow_libc.fallocate(descriptor, mode, ctypes.c_long(offset), ctypes.c_long(size)))
+            return
 
 
 def syncfs(descriptor: int) -> None:

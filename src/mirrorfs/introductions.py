@@ -34,6 +34,9 @@ class Introductions:
                 self.introduce(change.parent)
                 self.introduce(change.new_parent)
                 self._if_linked(change.new_parent, change.new_name)
+            case ops.CopyRange():
+                self.introduce(change.source)
+                self.introduce(change.file)
             case _:
                 self.introduce(change.file)
 

@@ -19,7 +19,8 @@ class Marking:
         self._admitted = admitted
 
     async def before(self, change: ops.Change, target: Known | None) -> int:
-        """Wait until what the change makes dirty is durably marked; returns the size in bytes of a file that it may truncate.
+        """Wait until what the change makes dirty is durably marked; returns the size in bytes that the file has now, where
+        `operations.bytes_changed` needs it.
 
         No await follows the look that counts: a checkpoint may have let a mark go while the disk was waited for.
         """
@@ -37,7 +38,7 @@ class Marking:
         if not dirty.tracking or (target is not None and target.gone):
             return 0, []
         old_size = 0
-        if isinstance(change, ops.SetAttributes) and change.size is not None:
+        if isinstance(change, ops.Allocate) or (isinstance(change, ops.SetAttributes) and change.size is not None):
             old_size = self._tree.stat(self._tree.table.get(change.file)).st_size
         cold = dirty.cold(change, old_size)
         if isinstance(change, ops.Link) and (other := self._name_of(change.file)) is not None:

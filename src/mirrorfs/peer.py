@@ -66,7 +66,7 @@ class Link:
         """Bytes that wait for the network."""
         return self._outbox_bytes
 
-    def send(self, frame: tuple[bytes, bytes]) -> None:
+    def send(self, frame: wire.Encoded) -> None:
         """Send one encoded frame; on a broken link nothing happens, `receive` tells."""
         if self._closed:
             return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from mirrorfs import contents
 from mirrorfs.activity import Activity
 from mirrorfs.checkpoint import make_checkpoint
 from mirrorfs.config import Config
@@ -33,7 +34,7 @@ from mirrorfs.strand import in_task
 from mirrorfs.stream import Stream
 from mirrorfs.syncing import Syncs
 from mirrorfs.table import Known
-from mirrorfs.tree import PartialChangeError, Tree
+from mirrorfs.tree import Tree
 
 if TYPE_CHECKING:
     from mirrorfs.arbitration import Grant
@@ -92,9 +93,10 @@ class Primary:
 
         A file that was made stays known until the next `await` of the caller, who tells the kernel of it before that.
         `target` is the file that a change of data or attributes is for. Unless `only_if` holds at the moment at which it would
-        be made, nothing is. Raises OSError as the backing store gives it, NotPrimaryError, or FrozenError after
-        `freeze_timeout`.
+        be made, nothing is. Raises OSError as the backing store gives it (EOPNOTSUPP for a copy that the peer cannot make),
+        NotPrimaryError, or FrozenError after `freeze_timeout`.
         """
+        change = contents.bounded(change)
         if not self._is_open:
             change = ops.owned(change)
             await self._admitted()
@@ -148,6 +150,8 @@ class Primary:
         """Apply, number and send; no await in here."""
         local = target is not None and target.gone  # a file without a name is nobody's but this node's
         told = not local and self._is_told(change)
+        if isinstance(change, ops.CopyRange) and not local and not self._can_copy(change):
+            raise contents.unsupported()  # the application's kernel reads and writes instead
         if told:
             try:
                 self.there.before(change)
@@ -158,22 +162,12 @@ class Primary:
                 told = False
                 assert self.stream is not None
                 self.stream.link.close(f"a change could not be introduced: {error.strerror}")
-        failure: OSError | None = None
-        result: Any = None
         try:
-            result = self.tree.apply(change)
-        except PartialChangeError as partly:
-            change, failure = partly.done, partly.error
-        except OSError:
-            if isinstance(change, ops.Write):
-                self._marking.after(ops.SetAttributes(change.file), 0)  # its modification time is another
-                if self.stream is not None:
-                    self._times.add(change.file)
+            change, result, failure = contents.make(change, self.tree.apply)
+        except OSError as error:
+            self._note_failed(change, error, old_size, local)
             raise
-        if isinstance(change, ops.Write):
-            if result < len(change.data):
-                change = ops.Write(change.file, change.offset, change.data[:result])
-        elif isinstance(result, Known) and result.gone and self._introductions is not None:
+        if isinstance(result, Known) and result.gone and self._introductions is not None:
             self._introductions.known.discard(result.id)
         if local:
             return result, 0, failure
@@ -191,6 +185,21 @@ class Primary:
             assert self.stream is not None
             self.stream.link.close(f"a change could not be sent: {error.strerror}")
             return result, self.stream.sent, failure
+
+    def _can_copy(self, change: ops.CopyRange) -> bool:
+        """Whether the peer, if there is one, has what is copied."""
+        return self.stream is None or (self.copier is None and not self.tree.table.get(change.source).gone)
+
+    def _note_failed(self, change: ops.Change, error: OSError, old_size: int, local: bool) -> None:
+        """A change of data failed: the file's modification time is another all the same, and perhaps some bytes are."""
+        if local or not isinstance(change, ops.Write | ops.Allocate | ops.CopyRange):
+            return
+        unsure = contents.is_unsure(change, error)
+        self._marking.after(change if unsure else ops.SetAttributes(change.file), old_size)
+        if self.stream is not None:
+            self._times.add(change.file)
+            if unsure:  # what the peer has there is equal again when it has been brought over
+                self.stream.link.close(f"a change failed in the middle: {error.strerror}")
 
     async def sync(self, known: Known, data_only: bool) -> None:
         """fsync on both nodes at once; OSError if this node's disk failed."""
@@ -221,7 +230,8 @@ class Primary:
         """Have the peer sync the file; 0 if it need not."""
         if self.stream is None or known.gone:
             return 0
-        self._times.settle(known.id)
+        if not data_only:
+            self._times.settle(known.id)
         if isinstance(self.copier, Copier):
             if not self._flush_both or known.id not in self.copier.introduced:
                 return 0
@@ -322,11 +332,8 @@ class Primary:
         if self.copier is not None and not self.copier.tells(change):
             return 0
         sequence = self.stream.put(change)
-        match change:
-            case ops.MakeNode() | ops.Symlink():
-                self.there.known.add(change.file)
-            case _:
-                pass
+        if isinstance(change, ops.MakeNode | ops.Symlink):
+            self.there.known.add(change.file)
         return sequence
 
     # ---- times
@@ -339,7 +346,10 @@ class Primary:
         self._send(change)
 
     def settle(self, number: int) -> None:
-        """Settle one file's times if the node has somebody to tell (a file was closed)."""
+        """A file was closed: nothing, `settle_all` is soon. To be deleted with its callers in `fuse_ops`."""
+
+    def tell_time(self, number: int) -> None:
+        """Settle one file's times now, if the node has somebody to tell."""
         if self.stream is not None and self.mode in (Mode.MIRRORED, Mode.ALONE):
             self._times.settle(number)
 
@@ -347,6 +357,8 @@ class Primary:
         """Settle everything."""
         if self.stream is None:
             self._times.forget_all()
+        elif self.copier is None:
+            self._times.settle_together(self.there.introduce, self.stream.put)
         else:
             self._times.settle_all()
 

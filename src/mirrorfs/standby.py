@@ -16,6 +16,7 @@ from typing import Any, Final, get_args
 
 import trio
 
+from mirrorfs import contents
 from mirrorfs.activity import Activity
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
@@ -32,7 +33,7 @@ from mirrorfs.resync.hashes import hashes
 from mirrorfs.resync.quick_target import Returning
 from mirrorfs.resync.reports import pack_wanted
 from mirrorfs.syncing import Syncs
-from mirrorfs.tree import PartialChangeError, Tree
+from mirrorfs.tree import Tree
 from mirrorfs.witness import Witness
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _OPERATIONS: Final = frozenset(wire.OPERATION_OF)
 _FILES_PER_FRAME: Final = 10_000
 #: The disk of a target begins after so much, and not when the checkpoint at the end waits for it.
 _WRITE_BACK_BYTES: Final = 8 << 20
-_LIVE: Final = (*get_args(ops.Change), ops.Introduce)
+_LIVE: Final = (*get_args(ops.Change), ops.Times, ops.Introduce)
 #: What is applied as soon as it is read; all else has to wait for something.
 _AT_ONCE: Final = frozenset(wire.KIND_OF[kind] for kind in (*_LIVE, ops.Sync))
 
@@ -67,7 +68,7 @@ class Standby:
         syncs: Syncs,
     ) -> None:
         self._syncs = syncs
-        self._failed: OSError | PartialChangeError | None = None
+        self._failed: OSError | contents.PartialChangeError | None = None
         self.tree = tree
         self.target = target
         self.applied = 0
@@ -109,7 +110,7 @@ class Standby:
                 self._start_flush(operation, frame.sequence)
             else:
                 self._apply(operation)
-        except (OSError, PartialChangeError) as error:
+        except (OSError, contents.PartialChangeError) as error:
             self._failed = error
             return False
         self.applied = frame.sequence
@@ -147,7 +148,7 @@ class Standby:
                     self._apply(operation)
                     if isinstance(operation, ops.NamesEqual) and isinstance(self.target, Returning):
                         await self.target.empty_aside()
-        except PartialChangeError as partly:
+        except contents.PartialChangeError as partly:
             await self._diverged(operation, frame.sequence, partly.error)
         except OSError as error:
             await self._diverged(operation, frame.sequence, error)
@@ -165,11 +166,8 @@ class Standby:
                 self._nursery.start_soon(self._write_back)
         elif not isinstance(operation, _LIVE):
             raise ProtocolError(f"{type(operation).__name__} outside a resync")
-        elif isinstance(operation, ops.Write):
-            written = self.tree.apply(operation)
-            if written < len(operation.data):
-                # The system call that would have said why is the next one.
-                self.tree.apply(ops.Write(operation.file, operation.offset + written, operation.data[written:]))
+        elif isinstance(operation, ops.Write | ops.CopyRange):
+            contents.apply_all(operation, self.tree.apply)
         else:
             self.tree.apply(operation)
             if isinstance(operation, ops.MakeNode | ops.Symlink):

@@ -15,7 +15,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from mirrorfs import backing, notes, search
+from mirrorfs import backing, contents, notes, search
+from mirrorfs.contents import PartialChangeError
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
 from mirrorfs.table import Known, Table
@@ -32,15 +33,6 @@ _SPECIAL: Final = stat.S_ISUID | stat.S_ISGID
 def _path(descriptor: int) -> str:
     """A path for calls that take no O_PATH descriptor."""
     return f"/proc/self/fd/{descriptor}"
-
-
-class PartialChangeError(Exception):
-    """A change of several steps failed after some of them: `done` is what really happened, `error` what failed."""
-
-    def __init__(self, done: ops.SetAttributes, error: OSError) -> None:
-        super().__init__(str(error))
-        self.done = done
-        self.error = error
 
 
 def no_new_ids() -> int | None:
@@ -72,6 +64,9 @@ class Tree:
         self.notes = notes.Notes(root)
         self._apply: dict[type, Callable[[Any], Any]] = {
             ops.Write: self._write,
+            ops.Allocate: self._allocate,
+            ops.CopyRange: self._copy_range,
+            ops.Times: self._times,
             ops.MakeNode: self._make_node,
             ops.Symlink: self._symlink,
             ops.Link: self._link,
@@ -311,19 +306,27 @@ class Tree:
 
     # ---- changing
 
-    def apply(self, change: ops.Change | ops.Introduce) -> Any:
+    def apply(self, change: ops.Change | ops.Introduce | ops.Times) -> Any:
         """Make a change: the same on the primary and on its peer.
 
-        Returns the bytes written for a `Write`, the new file for `MakeNode` and `Symlink`, the file that lost a name for
-        `Unlink`, `RemoveDirectory` and a `Rename` over it, else None. Raises OSError if nothing was changed,
-        PartialChangeError if some of it was.
+        Returns the bytes written for a `Write` and copied for a `CopyRange`, the new file for `MakeNode` and `Symlink`, the
+        file that lost a name for `Unlink`, `RemoveDirectory` and a `Rename` over it, else None. Raises OSError if nothing was
+        changed, PartialChangeError if some of it was; of `Times` that raise OSError, some may be told.
         """
         return self._apply[type(change)](change)
 
     def _write(self, change: ops.Write) -> int:
-        known = self.table.get(change.file)
-        known.version += 1
-        return os.pwrite(self.table.data(known), change.data, change.offset)
+        return contents.write(self.table, change)
+
+    def _allocate(self, change: ops.Allocate) -> None:
+        contents.allocate(self.table, change)
+
+    def _copy_range(self, change: ops.CopyRange) -> int:
+        return contents.copy_range(self.table, change)
+
+    def _times(self, change: ops.Times) -> None:
+        for number, mtime_ns in change.files:
+            self._set_times(self.table.get(number), None, mtime_ns)
 
     def _make_node(self, change: ops.MakeNode) -> Known:
         directory = self.table.descriptor(self.table.get(change.parent))

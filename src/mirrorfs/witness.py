@@ -16,6 +16,7 @@ from typing import Any, Final, get_args
 import trio
 
 from mirrorfs import evidence
+from mirrorfs.contents import PartialChangeError
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
@@ -23,7 +24,7 @@ from mirrorfs.errors import LinkLostError, MirrorfsError
 from mirrorfs.lost import LostStore
 from mirrorfs.peer import Link
 from mirrorfs.table import Known
-from mirrorfs.tree import PartialChangeError, Tree
+from mirrorfs.tree import Tree
 
 log = logging.getLogger(__name__)
 

@@ -232,7 +232,7 @@ class _Impostor:
         self._decoder = wire.Decoder()
         self._greeted = b""
 
-    def send(self, frame: tuple[bytes, bytes]) -> None:
+    def send(self, frame: wire.Encoded) -> None:
         """Send one frame."""
         self._connection.sendall(b"".join(frame))
 

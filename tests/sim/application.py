@@ -12,6 +12,8 @@ import pyfuse3
 import trio
 
 from mirrorfs.core import ids
+from mirrorfs.core import operations as ops
+from mirrorfs.errors import MirrorfsError, NotPrimaryError
 from mirrorfs.node import Node
 from tests.sim.disk import BLOCK, ROOT, Inode
 from tests.sim.kernel import running
@@ -111,6 +113,7 @@ class Application:
         if files:
             choices += [self._some_write] * 8 + [self._some_sync] * 3 + [self._some_rename] * 3
             choices += [self._some_unlink, self._some_link, self._some_truncate, self._some_attributes, self._some_close]
+            choices += [self._some_allocate, self._some_copy]
         return choices
 
     def serving(self) -> Machine | None:
@@ -209,8 +212,13 @@ class Application:
 
     # ---- one change
 
-    async def change(self, text: str, changes: dict[Key, Any], call: Callable[[], Awaitable[Any]]) -> bool:
-        """Ask for a change and note what comes of it; False if that is not known, or nothing."""
+    async def change(
+        self, text: str, changes: dict[Key, Any], call: Callable[[], Awaitable[Any]], *, may_refuse: bool = False
+    ) -> bool:
+        """Ask for a change and note what comes of it; False if that is not known, or nothing.
+
+        With `may_refuse`, EOPNOTSUPP says that nothing was changed.
+        """
         world, process = self.world, self._process
         assert process is not None
         record = self._node.keeper.record
@@ -226,6 +234,9 @@ class Application:
                 done = True
         except pyfuse3.FUSEError as error:
             world.note(f"{operation} failed: {errno.errorcode.get(error.errno, error.errno)}")
+            if may_refuse and error.errno == errno.EOPNOTSUPP:
+                ledger.reject(operation, changes)
+                return False
             if not process.dead and error.errno not in _UNCERTAIN:
                 world.blame(f"{text}: unexpected {errno.errorcode.get(error.errno, error.errno)}")
             return False
@@ -282,12 +293,7 @@ class Application:
         token = self.world.next_operation() << 8
         data = b"".join((token + index).to_bytes(8, "little") * (SECTOR // 8) for index in range(count))
         changes: dict[Key, Any] = {("sector", place.id, sector + index): token + index for index in range(count)}
-        record = self._node.keeper.record
-        if (sector + count) * SECTOR > place.inode.size:
-            changes[("size", place.id)] = (sector + count) * SECTOR
-            # A full disk takes whole blocks of it, and a loss of power may leave it at that.
-            for end in range(place.inode.size - place.inode.size % BLOCK + BLOCK, (sector + count) * SECTOR, BLOCK):
-                self.world.ledger_of(record).begin(self.world.next_operation(), {("size", place.id): end})
+        changes |= self._growth(place, (sector + count) * SECTOR)
 
         async def call() -> None:
             written = await self._mount.write(handle, sector * SECTOR, data)
@@ -295,6 +301,68 @@ class Application:
                 raise pyfuse3.FUSEError(errno.ENOSPC)
 
         return await self.change(f"write {place.id:x} sectors {sector}+{count} {token:x}", changes, call)
+
+    def _growth(self, place: Place, end: int, unit: int = BLOCK) -> dict[Key, Any]:
+        """What becomes of the size of a file whose bytes up to `end` are changed, perhaps a part of them, in whole units."""
+        if end <= place.inode.size:
+            return {}
+        # A full disk takes whole blocks of it, and a loss of power may leave it at that.
+        for part in range(place.inode.size - place.inode.size % unit + unit, end, unit):
+            ledger = self.world.ledger_of(self._node.keeper.record)
+            ledger.begin(self.world.next_operation(), {("size", place.id): part})
+        return {("size", place.id): end}
+
+    async def _ask(self, number: int, change: Callable[[int], ops.Change]) -> Any:
+        """What FUSE would ask of the primary for the file that the kernel knows by `number`."""
+        primary, known = self._node.primary, self._node.tree.table.get(number)
+        try:
+            if primary is None:
+                raise NotPrimaryError("this node is not the primary")
+            return await primary.change(change(known.id), known)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except MirrorfsError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+
+    async def allocate(self, place: Place, mode: int, sector: int, count: int) -> bool:
+        """fallocate, of whole sectors."""
+        number = await self._walk(place.path)
+        changes: dict[Key, Any] = {}
+        if mode & (ops.PUNCH_HOLE | ops.ZERO_RANGE):
+            ledger = self.world.ledger_of(self._node.keeper.record)
+            written = [key for key in ledger.of_file(place.id) if key[0] == "sector"]
+            changes |= {key: 0 for key in written if sector <= key[2] < sector + count}
+        if not mode & ops.KEEP_SIZE:
+            changes |= self._growth(place, (sector + count) * SECTOR)
+        return await self.change(
+            f"fallocate {place.id:x} mode {mode:x} sectors {sector}+{count}",
+            changes,
+            lambda: self._ask(number, lambda file: ops.Allocate(file, mode, sector * SECTOR, count * SECTOR)),
+        )
+
+    async def copy(self, source: Place, at: int, place: Place, sector: int, count: int) -> bool:
+        """copy_file_range, of whole sectors that the source has."""
+        number, other = await self._walk(place.path), await self._walk(source.path)
+        tokens = [self._token(source.inode, at + index) for index in range(count)]
+        changes: dict[Key, Any] = {("sector", place.id, sector + index): token for index, token in enumerate(tokens)}
+        changes |= self._growth(place, (sector + count) * SECTOR, SECTOR)
+
+        async def call() -> None:
+            found = self._node.tree.table.get(other).id
+            copied = await self._ask(
+                number, lambda file: ops.CopyRange(found, at * SECTOR, file, sector * SECTOR, count * SECTOR)
+            )
+            if copied < count * SECTOR:
+                raise pyfuse3.FUSEError(errno.ENOSPC)
+
+        text = f"copy {source.id:x} sectors {at}+{count} to {place.id:x} sector {sector}"
+        return await self.change(text, changes, call, may_refuse=True)
+
+    @staticmethod
+    def _token(inode: Inode, sector: int) -> int:
+        """What was written into a sector; 0 where nothing was."""
+        block, start = divmod(sector * SECTOR, BLOCK)
+        return int.from_bytes(inode.blocks.get(block, b"")[start : start + 8], "little")
 
     async def sync(self, place: Place) -> bool:
         """fsync a file or a directory."""
@@ -442,6 +510,23 @@ class Application:
             changes,
             lambda: self._mount.setattr(number, attributes, wanted, None, CONTEXT),
         )
+
+    async def _some_allocate(self, directories: list[Place], files: list[Place]) -> None:
+        place = self._dice.choice(files)
+        sectors = place.inode.size // SECTOR
+        mode = self._dice.choice(sorted(ops.ALLOCATE_MODES))
+        far = self._dice.choice((0, 0, 0, 70, 5000))
+        await self.allocate(
+            place, mode, min(self._dice.randint(0, sectors + 2), 300) + far, self._dice.choice((1, 2, 5, 40, 9000))
+        )
+
+    async def _some_copy(self, directories: list[Place], files: list[Place]) -> None:
+        source, place = self._dice.choice(files), self._dice.choice(files)
+        sectors = source.inode.size // SECTOR
+        at, sector = self._dice.randint(0, sectors), min(self._dice.randint(0, sectors + 2), 300)
+        count = min(self._dice.choice((1, 2, 5, 12)), sectors - at)
+        if count and (source.id != place.id or abs(at - sector) >= count):
+            await self.copy(source, at, place, sector, count)
 
     async def _some_attributes(self, directories: list[Place], files: list[Place]) -> None:
         place = self._dice.choice(files + directories)

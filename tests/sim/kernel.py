@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, Self
 
 from trio.lowlevel import Task
 
+from mirrorfs.core import operations as ops
 from tests.sim.disk import BLOCK, ROOT, Disk, Inode, failure
 
 _PROC: Final = "/proc/self/fd/"
@@ -341,9 +342,28 @@ class Kernel:
             block += 1
         return min(max(block * BLOCK, offset), inode.size)
 
-    def punch_hole(self, descriptor: int, offset: int, size: int) -> None:
+    def allocate(self, descriptor: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2): what is reserved reads as a hole, and takes no room; a full disk lets the file grow by a part."""
         opened = self._at(descriptor)
-        opened.disk.punch(opened.serial, offset, size, self._now)
+        before = self._inode(opened).size
+        end = before if mode & ops.KEEP_SIZE else max(before, offset + size)
+        if mode & (ops.PUNCH_HOLE | ops.ZERO_RANGE):
+            opened.disk.punch(opened.serial, offset, size, self._now)
+        elif opened.disk.is_full:
+            part = min(end, before - before % BLOCK + BLOCK * self._dice.randint(0, 2))
+            if part > before:
+                opened.disk.truncate(opened.serial, part, self._now)
+            raise failure(errno.ENOSPC)
+        if end > before:
+            opened.disk.truncate(opened.serial, end, self._now)
+
+    def copy_file_range(self, source: int, target: int, count: int, offset_src: int, offset_dst: int) -> int:
+        """Of what was asked for some kibibytes, now and then."""
+        if self._at(source).serial == self._at(target).serial and abs(offset_src - offset_dst) < count:
+            raise failure(errno.EINVAL)
+        if count > 1024 and self._dice.random() < 0.3:
+            count = 1024 * self._dice.randint(1, count // 1024)
+        return self.pwrite(target, self.pread(source, count, offset_src), offset_dst)
 
     # ---- names
 

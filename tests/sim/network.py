@@ -217,7 +217,7 @@ class SimulatedLink:
     def queued_bytes(self) -> int:
         return self._end.waiting_bytes
 
-    def send(self, frame: tuple[bytes, bytes]) -> None:
+    def send(self, frame: wire.Encoded) -> None:
         if self.failure is not None:
             return
         header, payload = frame

@@ -194,7 +194,7 @@ class World:
             handle_of=kernel.handle_of,
             open_handle=kernel.open_handle,
             rename2=kernel.rename2,
-            punch_hole=kernel.punch_hole,
+            allocate=kernel.allocate,
             syncfs=kernel.syncfs,
         )
         limits = SimpleNamespace(RLIMIT_NOFILE=0, getrlimit=lambda _: (self.options.descriptors, self.options.descriptors))

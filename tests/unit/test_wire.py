@@ -4,12 +4,12 @@ import struct
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, get_args
-from zlib import crc32
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from mirrorfs.core import operations as ops
 from mirrorfs.core import wire
@@ -22,15 +22,16 @@ _IDS = st.integers(1, (1 << 63) - 1)
 _NUMBERS = st.integers(0, (1 << 63) - 1)
 _TIMES = st.integers(-(1 << 62), (1 << 64) - 2)
 _DATA = st.binary(max_size=300)
+_COPY_SIZES = st.integers(0, ops.MAX_COPY)
 _NAMES = (
     st.one_of(st.binary(min_size=1, max_size=255), st.sampled_from([b"...", b".a", b"..a", b"\xff\n", b"n" * 255]))
     .map(lambda name: name.replace(b"/", b"_").replace(b"\0", b"_"))
     .filter(lambda name: name not in (b".", b".."))
 )
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    **dict.fromkeys(["file", "parent", "new_parent", "directory"], _IDS),
+    **dict.fromkeys(["file", "parent", "new_parent", "directory", "source"], _IDS),
     **dict.fromkeys(["name", "new_name"], _NAMES),
-    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NUMBERS),
+    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from", "source_offset"], _NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _TIMES),
     **dict.fromkeys(["data", "target", "value", "after"], _DATA),
     "entry": st.just(b"") | _NAMES,
@@ -43,6 +44,12 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
 _FIELDS["files"] = st.lists(
     st.builds(ops.WholeFile, **{field: _FIELDS[field] for field in ops.WholeFile._fields}), max_size=5
 ).map(tuple)
+#: Fields that mean something else than those of the same name in other operations.
+_OWN_FIELDS: dict[type, dict[str, st.SearchStrategy[Any]]] = {
+    ops.Allocate: {"mode": st.sampled_from(sorted(ops.ALLOCATE_MODES))},
+    ops.CopyRange: {"size": _COPY_SIZES},
+    ops.Times: {"files": st.lists(st.tuples(_IDS, _TIMES), max_size=5).map(tuple)},
+}
 
 
 def _operations(kind: type) -> st.SearchStrategy[Any]:
@@ -50,7 +57,8 @@ def _operations(kind: type) -> st.SearchStrategy[Any]:
     if kind is ops.SetAttributes:
         optional = {field.name: st.none() | _FIELDS[field.name] for field in fields(kind) if field.name != "file"}
         return st.builds(kind, file=_IDS, **optional)
-    built = st.builds(kind, **{field.name: _FIELDS[field.name] for field in fields(kind)})
+    strategies = _FIELDS | _OWN_FIELDS.get(kind, {})
+    built = st.builds(kind, **{field.name: strategies[field.name] for field in fields(kind)})
     return built | built.map(lambda entry: replace(entry, parent=0, name=b"", file=1)) if kind is ops.Entry else built
 
 
@@ -192,6 +200,9 @@ _SOUND: dict[type, ops.Operation] = {
         ops.SetAttributes(5, 0o600, 0, 0, 0, 0, 0),
         ops.SetXattr(5, b"user.name", b"value"),
         ops.RemoveXattr(5, b"user.name"),
+        ops.Times(((5, 0), (6, -1))),
+        ops.Allocate(5, ops.KEEP_SIZE, 0, 4096),
+        ops.CopyRange(6, 0, 5, 0, ops.MAX_COPY),
         ops.Introduce(1, b"name", 5),
         ops.Entry(1, b"name", 5, 0o100644, 0, 0, 0, 0, b"", ((b"user.name", b"value"),)),
         ops.CopyData(5, 0, b"data"),
@@ -246,10 +257,21 @@ _OF_A_FILE: list[list[Any]] = [
 _NOT_FILES: list[Any] = [None, 5, b"name", [b"name"], [[]], [_FILE[:-1]], [[*_FILE, 0]]]
 _NOT_FILES += [[[*_FILE[:at], value, *_FILE[at + 1 :]]] for at, values in enumerate(_OF_A_FILE) for value in values]
 _NOT_RANGES = [None, 5, b"name", [5], [[5]], [[5, -1]], [[5, 1 << 63]], [[b"5", 5]], [[0, 4096, 8192]]]
+_NOT_TOLD = [
+    None,
+    5,
+    b"name",
+    [5],
+    [[5]],
+    [[5, 0, 0]],
+    *([[number, 0]] for number in _NOT_IDS),
+    *([[5, t]] for t in _NOT_TIMES),
+]
+_NUMBER_FIELDS = ["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from", "source_offset"]
 _UNSOUND: dict[str, list[Any]] = {
-    **dict.fromkeys(["file", "parent", "new_parent", "directory"], _NOT_IDS),
+    **dict.fromkeys(["file", "parent", "new_parent", "directory", "source"], _NOT_IDS),
     **dict.fromkeys(["name", "new_name"], _NOT_NAMES),
-    **dict.fromkeys(["mode", "uid", "gid", "rdev", "size", "flags", "offset", "number", "new_from"], _NOT_NUMBERS),
+    **dict.fromkeys(_NUMBER_FIELDS, _NOT_NUMBERS),
     **dict.fromkeys(["atime_ns", "mtime_ns"], _NOT_TIMES),
     **dict.fromkeys(["target", "value", "data", "after"], _NOT_BYTES),
     "entry": [name for name in _NOT_NAMES if name != b""],
@@ -259,6 +281,13 @@ _UNSOUND: dict[str, list[Any]] = {
     "xattrs": _NOT_XATTRS,
     "names": _NOT_GATHERED,
     "files": _NOT_FILES,
+}
+_UNSOUND_HERE: dict[tuple[type, str], list[Any]] = {
+    (ops.SetXattr, "name"): _NOT_XATTR_NAMES,
+    (ops.RemoveXattr, "name"): _NOT_XATTR_NAMES,
+    (ops.Allocate, "mode"): [*_NOT_NUMBERS, ops.PUNCH_HOLE, 0x08, 0x40, ops.ZERO_RANGE | ops.PUNCH_HOLE | ops.KEEP_SIZE],
+    (ops.CopyRange, "size"): [*_NOT_NUMBERS, ops.MAX_COPY + 1],
+    (ops.Times, "files"): _NOT_TOLD,
 }
 _OF_MESSAGES = [kind for kind in wire.KIND_OF if kind not in (ops.Write, ops.CopyData) and fields(kind)]
 
@@ -277,8 +306,7 @@ def test_the_operations_that_are_spoilt_below_are_sound(kind: type) -> None:
 
 @pytest.mark.parametrize(("kind", "field"), [(kind, field.name) for kind in _OF_MESSAGES for field in fields(kind)])
 def test_an_operation_with_a_field_that_no_primary_sends_is_a_protocol_error(kind: type, field: str) -> None:
-    values = _NOT_XATTR_NAMES if field == "name" and kind in (ops.SetXattr, ops.RemoveXattr) else _UNSOUND[field]
-    for value in values:
+    for value in _UNSOUND_HERE.get((kind, field)) or _UNSOUND[field]:
         with pytest.raises(ProtocolError, match=f"malformed {wire.KIND_OF[kind].name}"):
             raise AssertionError(f"{field} {value!r} made {wire.decode_operation(_with(_SOUND[kind], **{field: value}))}")
 
@@ -314,7 +342,7 @@ def test_a_name_that_leads_out_of_the_tree_is_named_in_the_error() -> None:
 
 def _raw(length: int, kind: int, payload: bytes = b"") -> bytes:
     fixed = wire.HEADER.pack(length, kind, 0, 0, 0, 0, 0)
-    return fixed + wire.CHECKSUM.pack(crc32(payload, crc32(fixed))) + payload
+    return fixed + wire.CHECKSUM.pack(xxh3_64_intdigest(payload, seed=xxh3_64_intdigest(fixed))) + payload
 
 
 def test_a_length_above_the_bound_is_refused_before_its_payload_arrives() -> None:
@@ -345,6 +373,47 @@ def test_a_wrong_checksum_is_refused() -> None:
         list(Decoder().feed(good))
 
 
+def test_the_checksum_is_of_header_and_payload_and_ends_a_header_of_forty_bytes() -> None:
+    header, payload = wire.encode(Frame(Kind.WRITE, 7, 5, 4096, b"data"))
+    fixed = struct.pack("<IBBHQQQ", 4, 32, 0, 0, 7, 5, 4096)
+    assert header == fixed + struct.pack("<Q", xxh3_64_intdigest(b"data", seed=xxh3_64_intdigest(fixed)))
+    assert len(header) == wire.HEADER_SIZE == 40
+    assert payload == b"data"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_payload_is_encoded_as_it_is_without_a_copy(kind: type) -> None:
+    payload = kind(b"some data")
+    header, sent = wire.encode(Frame(Kind.WRITE, 1, 5, 0, payload))
+    assert sent is payload
+    assert (header, bytes(sent)) == wire.encode(Frame(Kind.WRITE, 1, 5, 0, b"some data"))
+    assert wire.decode_operation(_one(header + bytes(sent))) == ops.Write(5, 0, b"some data")
+
+
+@given(st.lists(st.binary(max_size=60), max_size=4), st.integers(1, 50), st.sampled_from([bytes, bytearray]))
+def test_what_a_decoder_was_fed_may_change_afterwards(payloads: list[bytes], size: int, kind: type) -> None:
+    stream = b"".join(part for payload in payloads for part in wire.encode(Frame(Kind.WRITE, 1, 5, 0, payload)))
+    decoder, frames = Decoder(), list[Frame]()
+    for at in range(0, len(stream), size):
+        piece = kind(stream[at : at + size])
+        frames += decoder.feed(piece)
+        if isinstance(piece, bytearray):
+            piece[:] = bytes(len(piece))
+    assert [frame.payload for frame in frames] == payloads
+    assert all(type(frame.payload) is bytes for frame in frames)
+
+
+def test_a_decoder_that_is_left_after_a_frame_goes_on_behind_it() -> None:
+    data = b"".join(_bytes(ops.Checkpoint(number, 1), number) for number in (1, 2, 3))
+    decoder = Decoder()
+    for frame in decoder.feed(data[:-3]):
+        assert frame.sequence == 1
+        break
+    assert [frame.sequence for frame in decoder.feed(b"")] == [2]
+    assert [frame.sequence for frame in decoder.feed(data[-3:])] == [3]
+    assert not decoder.incomplete
+
+
 def test_the_frames_before_a_bad_one_are_delivered() -> None:
     decoder = Decoder()
     stream = decoder.feed(_bytes(ops.Checkpoint(7, 1 << 40)) + _raw(0, 255))
@@ -355,7 +424,7 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
 
 def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 5, 0, 0)
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 6, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +432,8 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     [
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
-        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 5"),
-        (struct.pack("<8sHHI", b"mirrorfs", 5, 3, 0), "protection 3"),
+        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 6"),
+        (struct.pack("<8sHHI", b"mirrorfs", 6, 3, 0), "protection 3"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:

@@ -31,6 +31,8 @@ EXTENT: Final = 4 << 20
 END: Final = 1 << 62
 #: More changed names than this in one directory are "all".
 MAX_NAMES: Final = 100_000
+#: A change of more extents is marked up to the end of the file.
+_MANY_EXTENTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,20 +199,17 @@ class Generation:
         """Bytes of a file have changed."""
         first, last = offset // BLOCK, (offset + size - 1) // BLOCK
         blocks = self.file(number).blocks
-        if first == last:
-            blocks.add(first)
-        elif size:
+        if first < last:
             blocks.add_range(first, last + 1)
+        elif size:
+            blocks.add(first)
 
     def note(self, change: ops.Change, new_from: int, old_size: int = 0) -> None:
-        """Mark what a change has changed; `old_size` is the size in bytes that a truncated file had before.
+        """Mark what a change has changed; `old_size` is as for `operations.bytes_changed`.
 
         A `Link` does not know by which other name the peer can find the file: that name is marked apart (`name`).
         """
         match change:
-            case ops.Write():
-                if change.file < new_from:
-                    self.write(change.file, change.offset, len(change.data))
             case ops.MakeNode() | ops.Symlink():
                 self.name(change.parent, change.name)
                 if change.file < new_from:
@@ -220,14 +219,9 @@ class Generation:
             case ops.Rename():
                 self.name(change.parent, change.name)
                 self.name(change.new_parent, change.new_name)
-            case ops.SetAttributes():
+            case _:
                 if change.file < new_from:
-                    self.file(change.file)
-                    if change.size is not None and change.size < old_size:
-                        self.write(change.file, change.size, old_size - change.size)
-            case ops.SetXattr() | ops.RemoveXattr():
-                if change.file < new_from:
-                    self.file(change.file)
+                    self.write(change.file, *ops.bytes_changed(change, old_size))
 
 
 _NAMES: Final = -1
@@ -299,10 +293,6 @@ class DirtySet:
     def cold(self, change: ops.Change, old_size: int = 0) -> list[Mark]:
         """The marks that must be durable before this change, and are not; `old_size` as for `Generation.note`."""
         match change:
-            case ops.Write():
-                return self._cold_extents(
-                    change.file, change.offset // EXTENT, (change.offset + len(change.data) - 1) // EXTENT
-                )
             case ops.MakeNode() | ops.Symlink():
                 return self._cold_names(change.parent) + self._cold_attributes(change.file)
             case ops.Link() | ops.Unlink() | ops.RemoveDirectory():
@@ -311,11 +301,14 @@ class DirtySet:
                 if change.parent == change.new_parent:
                     return self._cold_names(change.parent)
                 return self._cold_names(change.parent) + self._cold_names(change.new_parent)
-            case ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
-                cold: list[Mark] = self._cold_attributes(change.file)
-                if isinstance(change, ops.SetAttributes) and change.size is not None and change.size < old_size:
-                    cold += self._cold_tail(change.file, change.size // EXTENT)
-                return cold
+            case _:
+                offset, size = ops.bytes_changed(change, old_size)
+                if not size:
+                    return self._cold_attributes(change.file)
+                first, last = offset // EXTENT, (offset + size - 1) // EXTENT
+                if isinstance(change, ops.SetAttributes) or last - first > _MANY_EXTENTS:
+                    return self._cold_attributes(change.file) + self._cold_tail(change.file, first)
+                return self._cold_extents(change.file, first, last)
 
     def cold_names(self, directory: int) -> list[Mark]:
         """As `cold`, for a directory of which a name changes."""

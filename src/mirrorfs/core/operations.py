@@ -111,6 +111,35 @@ class RemoveXattr:
 
 
 @dataclass(frozen=True, slots=True)
+class Allocate:
+    """fallocate(2), `mode` one of `ALLOCATE_MODES`: reserve room for these bytes, or make them zeros or a hole."""
+
+    file: int
+    mode: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRange:
+    """copy_file_range(2): put `size` bytes from byte `source_offset` of `source`, as they stand there now, at byte `offset` of
+    `file`. At most `MAX_COPY` at once."""
+
+    source: int
+    source_offset: int
+    file: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The modification times (ns) of these files are the primary's from now on: (file, time) each."""
+
+    files: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Introduce:
     """The first mention of `file` on a connection: the peer finds it under this name and knows it by its id from now on."""
 
@@ -365,16 +394,46 @@ class Forget:
     directory: int
 
 
-Change = Write | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename | SetAttributes | SetXattr | RemoveXattr
+#: Changes of one file (`file`), and not of names.
+OfFile = Write | SetAttributes | SetXattr | RemoveXattr | Allocate | CopyRange
+Change = OfFile | MakeNode | Symlink | Link | Unlink | RemoveDirectory | Rename
 Copy = Entry | CopyData | Vanish | DirectoryDone
 CatchUp = Gather | Gathered | Whole | NamesEqual | Refresh | CopyHole | Compare
 Flush = Sync | Checkpoint
 Question = ListNames | Look | Digest | Fetch | Describe | Keep | Mend | MendAttributes
-Operation = Change | Introduce | Copy | CatchUp | Flush | Checkpointed | Marked | Question | Forget
+Operation = Change | Times | Introduce | Copy | CatchUp | Flush | Checkpointed | Marked | Question | Forget
 
 
 #: Of `Rename.flags`, as in renameat2(2).
 RENAME_EXCHANGE: Final = 2
+
+#: Of `Allocate.mode`, as in fallocate(2).
+KEEP_SIZE: Final = 0x01
+PUNCH_HOLE: Final = 0x02
+ZERO_RANGE: Final = 0x10
+#: What the kernel's side of FUSE sends.
+ALLOCATE_MODES: Final = frozenset({0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE})
+#: Bytes of one `CopyRange`: the loop does nothing else meanwhile. A shorter copy is a right answer to copy_file_range(2).
+MAX_COPY: Final = 8 << 20
+
+
+def bytes_changed(change: OfFile, old_size: int) -> tuple[int, int]:
+    """Which bytes of its file may be others after a change: offset and size, 0 if none are.
+
+    `old_size` is the size in bytes that the file had before a `SetAttributes` of its size or an `Allocate`: what lies behind
+    was zeros, and stays so.
+    """
+    match change:
+        case Write():
+            return change.offset, len(change.data)
+        case CopyRange():
+            return change.offset, change.size
+        case Allocate() if change.mode & (PUNCH_HOLE | ZERO_RANGE):
+            return change.offset, max(min(change.offset + change.size, old_size) - change.offset, 0)
+        case SetAttributes() if change.size is not None and change.size < old_size:
+            return change.size, old_size - change.size
+        case _:
+            return 0, 0
 
 
 def owned(change: Change) -> Change:

@@ -31,6 +31,14 @@ def _is_number(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX
 
 
+def _is_allocate_mode(value: object) -> bool:
+    return type(value) is int and value in ops.ALLOCATE_MODES
+
+
+def _is_copy_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= ops.MAX_COPY
+
+
 def _is_time(value: object) -> bool:
     return type(value) is int and -_MAX <= value <= 2 * _MAX
 
@@ -117,8 +125,10 @@ def _or_none(check: Check) -> Check:
 
 
 _CHECK_OF: Final[dict[str, Check]] = {
-    **dict.fromkeys(("file", "parent", "new_parent", "directory"), _is_id),
-    **dict.fromkeys(("mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset"), _is_number),
+    **dict.fromkeys(("file", "parent", "new_parent", "directory", "source"), _is_id),
+    **dict.fromkeys(
+        ("mode", "uid", "gid", "rdev", "size", "flags", "number", "new_from", "offset", "source_offset"), _is_number
+    ),
     **dict.fromkeys(("atime_ns", "mtime_ns"), _is_time),
     **dict.fromkeys(("data_only", "gone", "complete", "last"), _is_flag),
     **dict.fromkeys(("name", "new_name"), is_name),
@@ -131,10 +141,18 @@ _CHECK_OF: Final[dict[str, Check]] = {
 }
 
 
+#: Fields that mean something else than those of the same name in other operations.
+_SPECIAL: Final[dict[tuple[type, str], Check]] = {
+    (ops.SetXattr, "name"): _is_xattr_name,
+    (ops.RemoveXattr, "name"): _is_xattr_name,
+    (ops.Allocate, "mode"): _is_allocate_mode,
+    (ops.CopyRange, "size"): _is_copy_size,
+    (ops.Times, "files"): _are_pairs(_is_id, _is_time),
+}
+
+
 def _check_of(operation: type, field: str) -> Check:
-    if operation in (ops.SetXattr, ops.RemoveXattr) and field == "name":
-        return _is_xattr_name
-    check = _CHECK_OF.get(field, _is_bytes)
+    check = _SPECIAL.get((operation, field)) or _CHECK_OF.get(field, _is_bytes)
     return _or_none(check) if operation is ops.SetAttributes and field != "file" else check
 
 

@@ -1,32 +1,38 @@
 """Bytes <-> frames of the link between the two nodes. docs/PROTOCOL.md has the layout for people.
 
-A connection begins with a preamble in each direction, of fixed size for all versions to come. Then frames: a header of 36 bytes
+A connection begins with a preamble in each direction, of fixed size for all versions to come. Then frames: a header of 40 bytes
 and a payload whose length is bounded; the checksum covers both. Hot payloads are raw bytes, all others msgpack.
 """
 
 import struct
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
-from zlib import crc32
 
 import msgpack
+from xxhash import xxh3_64_intdigest
 
 from mirrorfs.core import operations as ops
 from mirrorfs.core import soundness
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 5
+VERSION: Final = 6
 #: How the bytes after the preamble are protected; 0 is not at all.
 SECURITY_NONE: Final = 0
 PREAMBLE: Final = struct.Struct("<8sHHI")
 HEADER: Final = struct.Struct("<IBBHQQQ")
-CHECKSUM: Final = struct.Struct("<I")
+CHECKSUM: Final = struct.Struct("<Q")
 HEADER_SIZE: Final = HEADER.size + CHECKSUM.size
 #: A write of FUSE has at most 1 MiB; an entry carries the extended attributes of one file.
 MAX_PAYLOAD: Final = 4 << 20
+
+#: What a payload may be: what is not bytes must not change before it is sent.
+Payload = bytes | bytearray | memoryview
+#: Header and payload of a frame, to be sent one after the other.
+Encoded = tuple[bytes, Payload]
 
 
 class Kind(IntEnum):
@@ -72,6 +78,9 @@ class Kind(IntEnum):
     SET_XATTR = 40
     REMOVE_XATTR = 41
     INTRODUCE = 42
+    TIMES = 43
+    ALLOCATE = 44
+    COPY_RANGE = 45
     ENTRY = 48
     COPY_DATA = 49
     DIRECTORY_DONE = 50
@@ -110,6 +119,9 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.SetXattr: Kind.SET_XATTR,
     ops.RemoveXattr: Kind.REMOVE_XATTR,
     ops.Introduce: Kind.INTRODUCE,
+    ops.Times: Kind.TIMES,
+    ops.Allocate: Kind.ALLOCATE,
+    ops.CopyRange: Kind.COPY_RANGE,
     ops.Entry: Kind.ENTRY,
     ops.CopyData: Kind.COPY_DATA,
     ops.Vanish: Kind.VANISH,
@@ -146,7 +158,7 @@ class Frame:
     sequence: int = 0
     file: int = 0
     offset: int = 0
-    payload: bytes = b""
+    payload: Payload = b""
 
 
 def preamble() -> bytes:
@@ -165,19 +177,26 @@ def check_preamble(data: bytes) -> None:
         raise ProtocolError(f"it wants protection {security}, which this node does not know: install the same mirrorfs on both")
 
 
-def encode(frame: Frame) -> tuple[bytes, bytes]:
-    """Header and payload of a frame, to be sent one after the other."""
-    assert len(frame.payload) <= MAX_PAYLOAD, len(frame.payload)
-    fixed = HEADER.pack(len(frame.payload), frame.kind, 0, 0, frame.sequence, frame.file, frame.offset)
-    return fixed + CHECKSUM.pack(crc32(frame.payload, crc32(fixed))), frame.payload
+def encode(frame: Frame) -> Encoded:
+    """Header and payload of a frame. The payload is the frame's own, not a copy; a memoryview must be one of bytes."""
+    payload = frame.payload
+    size = len(payload)
+    assert size <= MAX_PAYLOAD, size
+    fixed = HEADER.pack(size, frame.kind, 0, 0, frame.sequence, frame.file, frame.offset)
+    return fixed + CHECKSUM.pack(_checksum(fixed, payload)), payload
 
 
-def encode_message(kind: Kind, content: object, sequence: int = 0, offset: int = 0) -> tuple[bytes, bytes]:
+def _checksum(fixed: Payload, payload: Payload) -> int:
+    """Of the header before the checksum and the payload, which need not stand in one piece for it."""
+    return xxh3_64_intdigest(payload, seed=xxh3_64_intdigest(fixed))
+
+
+def encode_message(kind: Kind, content: object, sequence: int = 0, offset: int = 0) -> Encoded:
     """A frame whose payload is `content` as msgpack."""
     return encode(Frame(kind, sequence, offset=offset, payload=msgpack.packb(content)))
 
 
-def encode_operation(operation: ops.Operation, sequence: int) -> tuple[bytes, bytes]:
+def encode_operation(operation: ops.Operation, sequence: int) -> Encoded:
     """The frame of one operation on the stream."""
     if isinstance(operation, ops.Write | ops.CopyData):
         return encode(Frame(KIND_OF[type(operation)], sequence, operation.file, operation.offset, operation.data))
@@ -189,7 +208,7 @@ def decode_operation(frame: Frame) -> ops.Operation:
     if frame.kind in (Kind.WRITE, Kind.COPY_DATA):
         if not 0 < frame.file < 1 << 63 or frame.offset >= 1 << 63:
             raise ProtocolError(f"a malformed {frame.kind.name}: file {frame.file}, offset {frame.offset}")
-        return (ops.Write if frame.kind is Kind.WRITE else ops.CopyData)(frame.file, frame.offset, frame.payload)
+        return (ops.Write if frame.kind is Kind.WRITE else ops.CopyData)(frame.file, frame.offset, bytes(frame.payload))
     operation = OPERATION_OF.get(frame.kind)
     if operation is None:
         raise ProtocolError(f"a frame of kind {frame.kind.name} where an operation was expected")
@@ -227,38 +246,62 @@ def raw(value: object) -> bytes:
 
 
 class Decoder:
-    """Bytes in, frames out. After a ProtocolError the connection is of no use any more."""
+    """Bytes in, frames out. After a ProtocolError the connection is of no use any more.
+
+    What arrives is kept in the pieces in which it came; a payload is put together once, when all of it is there.
+    """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._pieces: deque[memoryview] = deque()
+        self._size = 0
+        self._header: Payload = b""
 
     @property
     def incomplete(self) -> bool:
         """Whether a part of a frame has arrived: an end of the connection now means that it was cut off."""
-        return bool(self._buffer)
+        return bool(self._size or self._header)
 
-    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame]:
-        """Take in `data` and yield the frames that it completes; raises ProtocolError."""
-        buffer = self._buffer
-        buffer += data
-        start, end = 0, len(buffer)
-        try:
-            while end - start >= HEADER_SIZE:
-                length, kind, _, _, sequence, file, offset = HEADER.unpack_from(buffer, start)
-                if length > MAX_PAYLOAD:
-                    raise ProtocolError(f"a frame of {length} bytes, more than the {MAX_PAYLOAD} allowed")
-                stop = start + HEADER_SIZE + length
-                if stop > end:
-                    break
-                payload = bytes(memoryview(buffer)[start + HEADER_SIZE : stop])
-                (checksum,) = CHECKSUM.unpack_from(buffer, start + HEADER.size)
-                if crc32(payload, crc32(bytes(memoryview(buffer)[start : start + HEADER.size]))) != checksum:
-                    raise ProtocolError("a frame whose checksum is wrong")
-                try:
-                    frame = Frame(Kind(kind), sequence, file, offset, payload)
-                except ValueError:
-                    raise ProtocolError(f"a frame of unknown kind {kind}") from None
-                start = stop
-                yield frame
-        finally:
-            del buffer[:start]
+    def feed(self, data: Payload) -> Iterator[Frame]:
+        """Take in `data`, without a copy if it is bytes, and yield the frames that it completes; raises ProtocolError."""
+        if data:
+            self._pieces.append(memoryview(data if isinstance(data, bytes) else bytes(data)))
+            self._size += len(data)
+        while True:
+            if not self._header:
+                if self._size < HEADER_SIZE:
+                    return
+                self._header = self._take(HEADER_SIZE)
+            length, kind, _, _, sequence, file, offset = HEADER.unpack_from(self._header)
+            if length > MAX_PAYLOAD:
+                raise ProtocolError(f"a frame of {length} bytes, more than the {MAX_PAYLOAD} allowed")
+            if self._size < length:
+                return
+            payload = bytes(self._take(length)) if length else b""
+            (checksum,) = CHECKSUM.unpack_from(self._header, HEADER.size)
+            if _checksum(self._header[: HEADER.size], payload) != checksum:
+                raise ProtocolError("a frame whose checksum is wrong")
+            try:
+                frame = Frame(Kind(kind), sequence, file, offset, payload)
+            except ValueError:
+                raise ProtocolError(f"a frame of unknown kind {kind}") from None
+            self._header = b""
+            yield frame
+
+    def _take(self, size: int) -> Payload:
+        """The next `size` bytes, which have arrived; of bytes that have to be put together a copy, else a view."""
+        self._size -= size
+        first = self._pieces[0]
+        if size < len(first):
+            self._pieces[0] = first[size:]
+            return first[:size]
+        taken = list[memoryview]()
+        while size >= len(first):
+            taken.append(self._pieces.popleft())
+            size -= len(first)
+            if not size:
+                break
+            first = self._pieces[0]
+        else:
+            taken.append(first[:size])
+            self._pieces[0] = first[size:]
+        return taken[0] if len(taken) == 1 else b"".join(taken)

@@ -86,10 +86,12 @@ class Copier(Sender):
                     self._name_holds(change.parent, change.name, moved=True)
                 else:
                     self._vanish(change.parent, change.name)
-            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
+            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr() | ops.Allocate():
                 if change.file in self.introduced:
                     return self.stream.put(change)
                 return 0
+            case ops.CopyRange():  # the target may not have the source's data yet: a primary makes none now
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
             case _:
                 assert_never(change)
         return self.stream.sent
@@ -256,7 +258,7 @@ class Target(Maker):
                 self._clear(change.parent, change.name, gone=change.gone)
             case ops.DirectoryDone():
                 self._directory_done(change.directory)
-            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr():
+            case ops.Write() | ops.SetAttributes() | ops.SetXattr() | ops.RemoveXattr() | ops.Allocate():
                 self.tree.apply(change)
             case _:
                 raise OSError(errno.EPROTO, f"{type(change).__name__} during a resync")

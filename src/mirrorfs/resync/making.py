@@ -81,7 +81,7 @@ class Maker:
         end = hole.offset + hole.size
         if end >= self.tree.stat(known).st_size:
             end += -end % BLOCK  # or the last block would stay, with zeros in it
-        backing.punch_hole(self.tree.table.data(known), hole.offset, end - hole.offset)
+        backing.allocate(self.tree.table.data(known), ops.PUNCH_HOLE | ops.KEEP_SIZE, hole.offset, end - hole.offset)
         self._leave_to_checkpoint(known)
 
     def set_aside(self, directory: Known, name: bytes) -> bytes:

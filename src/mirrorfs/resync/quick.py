@@ -108,7 +108,7 @@ class CatchUp(Sender):
         later."""
         if not self.live:
             return False
-        if isinstance(change, ops.Write | ops.SetAttributes | ops.SetXattr | ops.RemoveXattr):
+        if isinstance(change, ops.OfFile):
             return change.file not in self._work.files
         self._finder.explained.note(change, 0)
         return True
@@ -116,7 +116,7 @@ class CatchUp(Sender):
     def note(self, change: ops.Change, old_size: int) -> None:
         """A live change was made that the target is not told of."""
         self._work.note(change, _NO_NEW, old_size)  # new files too: they may have been sent whole
-        if isinstance(change, ops.Write | ops.SetAttributes | ops.SetXattr | ops.RemoveXattr):
+        if isinstance(change, ops.OfFile):
             known = self.tree.table.find(change.file)
             for parent, name in known.names if known is not None else ():
                 self._finder.note(change.file, parent, name)

@@ -218,7 +218,7 @@ class Sender:
             return False
         if frame.sequence in self._compared:
             answered, answer = self._compared[frame.sequence]
-            answer.append(frame.payload)
+            answer.append(bytes(frame.payload))
             answered.set()
         return True
 

@@ -96,7 +96,7 @@ class Asking:
         try:
             for known in found:
                 if known is not None:
-                    self.primary.settle(known.id)  # or its modification time would be on its way still
+                    self.primary.tell_time(known.id)  # or its modification time would be on its way still
             wanted = tuple((name, known.id if known else 0) for name, known in zip(names, found, strict=False))
             sequence = self._tell(directory, ops.Look(directory.id, wanted))
             own = [
