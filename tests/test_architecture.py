@@ -50,6 +50,7 @@ ORDER = [
     "arbitration",
     "housekeeping",
     "replication",
+    "changes",
     "syncing",
     "settling",
     "introductions",

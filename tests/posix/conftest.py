@@ -30,9 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def place(request: pytest.FixtureRequest) -> Iterator[Path]:
+def place(request: pytest.FixtureRequest, fuse_session: str) -> Iterator[Path]:
     """A fresh directory of root's on the file system under test, mode 0755."""
     chosen = os.environ.get("MIRRORFS_TEST_DIR")
+    if chosen and fuse_session != "kernel":
+        pytest.skip("one run is enough for a directory of the caller's choice")
     with ExitStack() as undo:
         if chosen:
             parent = Path(chosen).resolve()
