@@ -1,7 +1,7 @@
 """A change of the primary: apply it here, put it on the stream, wait for the peer, answer.
 
-What lies between two awaits is atomic. `Changes.change` applies, numbers and sends with no await in between, so the order of the
-stream is the order in which the changes happened here; a new `await` in `_make` would need a new argument for that.
+What lies between two awaits is atomic. `Changes.change` applies, numbers and sends with no await in between, so the order of
+the stream is the order in which the changes happened here; a new `await` in `_make` would need a new argument for that.
 
 All of it may run in a strand: what it waits for, it waits for by `pause`, or goes into a task before.
 """

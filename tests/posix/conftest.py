@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from mirrorfs.lab.pair import Lab
+from tests.conftest import served_by
 from tests.posix.support import as_alice
 
 _numbers = itertools.count(1)
@@ -30,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def place(request: pytest.FixtureRequest, fuse_session: str) -> Iterator[Path]:
+def place(fuse_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh directory of root's on the file system under test, mode 0755."""
     chosen = os.environ.get("MIRRORFS_TEST_DIR")
     if chosen and fuse_session != "kernel":
@@ -39,7 +41,9 @@ def place(request: pytest.FixtureRequest, fuse_session: str) -> Iterator[Path]:
         if chosen:
             parent = Path(chosen).resolve()
         else:
-            parent = undo.enter_context(_reachable(request.getfixturevalue("mirrored").one.mount))
+            undo.enter_context(served_by(fuse_session))
+            lab = undo.enter_context(Lab.up(Path(tmp_path_factory.mktemp("lab"))))
+            parent = undo.enter_context(_reachable(lab.one.mount))
         place = Path(tempfile.mkdtemp(prefix="posix-", dir=parent))
         undo.callback(shutil.rmtree, place)
         place.chmod(0o755)
