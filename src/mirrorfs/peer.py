@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _GREETING_TIMEOUT_S: Final = 5.0
 _MAX_STRANGERS: Final = 16
-_READ_SIZE: Final = 1 << 18
 _REDIAL_S: Final = 0.3
 
 
@@ -111,7 +110,7 @@ class Link:
         will be no more."""
         if self._early:
             self._early = False
-            if frames := self._sort(b""):
+            if frames := self._sort(0):
                 return frames
         if self._reactor is not None:
             return await self._receive_from(self._reactor)
@@ -119,14 +118,15 @@ class Link:
             if frames := self._sort(await self._read()):
                 return frames
 
-    def _sort(self, data: bytes) -> list[Frame]:
-        """Serve what these bytes complete; returns what is left to do, in its order."""
+    def _sort(self, count: int) -> list[Frame]:
+        """Serve what so many bytes, just read, complete; returns what is left to do, in its order."""
         left: list[Frame] = []
-        for frame in self._decoder.feed(data):
+        serve = self._serve
+        for frame in self._decoder.received(count):
             if frame.kind is Kind.HEARTBEAT:
                 self._busy_s = frame.offset / 1000
-            elif left or not self._serve(frame):
-                left.append(frame)
+            elif left or not serve(frame):
+                left.append(frame.owned())
         if not left:
             self._served()
         return left
@@ -154,12 +154,11 @@ class Link:
         if self._arrived.is_set():
             return  # the order: what is left is taken in first
         try:
-            data = self._socket.recv(_READ_SIZE)
-            if data:
-                self._heard = True
-                self._inbox = self._sort(data)
-            else:
+            count = self._socket.recv_into(self._decoder.space())
+            if not count:
                 raise self._ended()
+            self._heard = True
+            self._inbox = self._sort(count)
         except BlockingIOError:
             return
         except OSError as error:
@@ -178,12 +177,12 @@ class Link:
             return ProtocolError("the connection ended inside a frame")
         return LinkLostError("the connection was closed")
 
-    async def _read(self) -> bytes:
+    async def _read(self) -> int:
         while True:
             if self.failure is not None:
                 raise self.failure
             try:
-                data = self._socket.recv(_READ_SIZE)
+                count = self._socket.recv_into(self._decoder.space())
             except BlockingIOError:
                 self._listening = True
                 try:
@@ -195,10 +194,10 @@ class Link:
                 continue
             except OSError as error:
                 raise self.failure or LinkLostError(f"the connection broke: {error.strerror}") from error
-            if not data:
+            if not count:
                 raise self._ended()
             self._heard = True
-            return data
+            return count
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the link until it is closed: the writer, the heartbeats, the watch for silence."""

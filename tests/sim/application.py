@@ -340,9 +340,9 @@ class Application:
             lambda: self._ask(number, lambda file: ops.Allocate(file, mode, sector * SECTOR, count * SECTOR)),
         )
 
-    async def copy(self, source: Place, at: int, place: Place, sector: int, count: int) -> bool:
-        """copy_file_range, of whole sectors that the source has."""
-        number, other = await self._walk(place.path), await self._walk(source.path)
+    async def copy(self, source: Place, at: int, place: Place, sector: int, count: int, *, looked_up: bool = False) -> bool:
+        """copy_file_range, of whole sectors that the source has; if that is `looked_up`, it need have no name any more."""
+        number, other = await self._walk(place.path), source.id if looked_up else await self._walk(source.path)
         tokens = [self._token(source.inode, at + index) for index in range(count)]
         changes: dict[Key, Any] = {("sector", place.id, sector + index): token for index, token in enumerate(tokens)}
         changes |= self._growth(place, (sector + count) * SECTOR, SECTOR)

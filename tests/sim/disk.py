@@ -149,6 +149,7 @@ class Disk:
         self._serial = ROOT
         self.capacity_blocks: int | None = None
         self.fails_to_sync = False
+        self.fails_to_punch = False
         self.delay_s = 0.0
 
     # ---- changes
@@ -201,7 +202,11 @@ class Disk:
         self.step("attribute", serial, "mtime_ns", now, touches=(serial,))
 
     def punch(self, serial: int, offset: int, size: int, now: int) -> None:
-        """Make a hole; partial blocks at its ends are filled with zeros."""
+        """Make a hole; partial blocks at its ends are filled with zeros. A disk that fails to has made a part of it."""
+        if self.fails_to_punch:
+            self.fails_to_punch = False
+            self.punch(serial, offset, size // 2, now)
+            raise failure(errno.EIO)
         inode = self.now.inodes[serial]
         first, last = -(-offset // BLOCK), (offset + size) // BLOCK
         for start, end in ((offset, min(first * BLOCK, offset + size)), (max(last * BLOCK, offset), offset + size)):

@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from mirrorfs.core import operations as ops
 from mirrorfs.errors import RefusedError
 from tests.sim.application import found_on
 from tests.sim.disk import ROOT
@@ -347,6 +348,61 @@ async def a_standby_leads_before_it_hears_that_a_checkpoint_is_complete(world: W
     await pair.quiet()
 
 
+async def a_hole_is_made_by_half_when_the_disk_fails(world: World) -> None:
+    """Nobody knows which half: the other node is brought to what stands there, whatever it is."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.file(b"x", b"one", sectors=32)
+    await pair.checkpoint()
+    pair.a.data.fails_to_punch = True
+    mode = world.dice.choice((ops.PUNCH_HOLE | ops.KEEP_SIZE, ops.ZERO_RANGE, ops.ZERO_RANGE | ops.KEEP_SIZE))
+    if await application.allocate(application.find(b"x", b"one"), mode, 4, 24):
+        world.blame("a hole that was made by half was acknowledged")
+    await pair.make_whole()
+    await pair.quiet()
+
+
+async def room_runs_out_in_the_middle_of_a_fallocate(world: World) -> None:
+    """The file may have grown: by as much on both nodes, at once."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.file(b"x", b"one", sectors=5)
+    pair.a.data.capacity_blocks = pair.a.data.used_blocks
+    if await application.allocate(application.find(b"x", b"one"), 0, 0, 64):
+        world.blame("room that is not there was given")
+    if not pair.is_mirrored:
+        world.blame("a full disk has cost the mirror")
+    await pair.quiet()
+
+
+async def a_copy_is_made_only_of_what_the_other_node_has(world: World) -> None:
+    """Not while it is brought over, and not from a file that has lost its name: there the kernel reads and writes. One sector
+    at a time, which is copied in one piece."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    one, two = await application.file(b"x", b"one"), await application.file(b"x", b"two")
+    if not await application.copy(one, 0, two, 4, 1):
+        world.blame("a copy was refused without need")
+    await application.unlink(one)
+    two = application.find(b"x", b"two")
+    if await application.copy(one, 0, two, 0, 1, looked_up=True):
+        world.blame("what only one node has was copied")
+    three = await application.file(b"y", b"three")
+    pair.b.crash()
+    await pair.solo(pair.a)
+    if not await application.copy(three, 0, two, 0, 1) or not await application.copy(one, 0, two, 4, 1, looked_up=True):
+        world.blame("a node that is alone refused a copy")
+    for number in range(20):
+        await application.file(b"z", b"more %d" % number, sectors=64)
+    await pair.b.start()
+    primary = pair.a.node.primary if pair.a.node is not None else None
+    assert primary is not None
+    await pair.until(lambda: primary.copier is not None, "the resync", look_s=0.001)
+    if await application.copy(three, 2, two, 2, 1) and primary.copier is not None:
+        world.blame("a copy was made while the other node was brought over")
+    await pair.quiet()
+
+
 async def _expect_refusal(pair: Pair) -> None:
     try:
         await pair.promote(pair.b)
@@ -374,5 +430,8 @@ SCENARIOS: Final[dict[str, Story]] = {
         power_is_lost_just_after_the_volume_was_made,
         the_link_breaks_when_only_housekeeping_is_under_way,
         a_standby_leads_before_it_hears_that_a_checkpoint_is_complete,
+        a_hole_is_made_by_half_when_the_disk_fails,
+        room_runs_out_in_the_middle_of_a_fallocate,
+        a_copy_is_made_only_of_what_the_other_node_has,
     )
 }

@@ -19,6 +19,7 @@ UNITS_S = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400}
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIRRORFS_NODE", raising=False)
     monkeypatch.delenv("MIRRORFS_CONFIG", raising=False)
+    monkeypatch.delenv("MIRRORFS_SESSION", raising=False)
 
 
 @pytest.fixture
@@ -125,6 +126,17 @@ def test_a_schedule_may_be_off(file: Path) -> None:
     assert loaded(file, TWO + '[verify]\nevery = "off"\n').verify.every_s is None
 
 
+def test_the_session_is_the_environments_then_the_files_then_the_kernels(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loaded(file, TWO).session == "kernel"
+    assert loaded(file, 'session = "pyfuse3"\n' + TWO).session == "pyfuse3"
+    monkeypatch.setenv("MIRRORFS_SESSION", "kernel")
+    assert loaded(file, 'session = "pyfuse3"\n' + TWO).session == "kernel"
+    monkeypatch.setenv("MIRRORFS_SESSION", "libfuse")
+    assert refusal(file, TWO) == 'session: "libfuse" in $MIRRORFS_SESSION is not a session, use "kernel" or "pyfuse3"'
+
+
 def test_a_single_node_has_no_peer(file: Path) -> None:
     assert loaded(file, ONE).peer is None
 
@@ -182,7 +194,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, nodes, replication, resync, verify, arbiter, '
+            r'"a\nb": unknown key, remove it (known here: volume, node, backing, session, nodes, replication, resync, verify, arbiter, '
             "failover, vip, service)",
         ),
         (
@@ -349,6 +361,10 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         (
             TWO + '[resync]\nrate_limit = "1025GiB/s"\n',
             'resync.rate_limit: "1025GiB/s" limits nothing, make it 1024GiB/s or less, or "none"',
+        ),
+        (
+            'session = "libfuse"\n' + TWO,
+            'session: "libfuse" is not a session, use "kernel" or "pyfuse3"',
         ),
         (
             TWO + '[resync]\npriority = "high"\n',

@@ -390,6 +390,13 @@ def test_a_payload_is_encoded_as_it_is_without_a_copy(kind: type) -> None:
     assert wire.decode_operation(_one(header + bytes(sent))) == ops.Write(5, 0, b"some data")
 
 
+def test_a_write_may_carry_a_view_of_what_somebody_else_holds() -> None:
+    view = memoryview(b"some data")[5:]
+    header, payload = wire.encode_operation(ops.Write(5, 0, view), 1)
+    assert payload is view
+    assert wire.decode_operation(_one(header + bytes(payload))) == ops.Write(5, 0, b"data")
+
+
 @given(st.lists(st.binary(max_size=60), max_size=4), st.integers(1, 50), st.sampled_from([bytes, bytearray]))
 def test_what_a_decoder_was_fed_may_change_afterwards(payloads: list[bytes], size: int, kind: type) -> None:
     stream = b"".join(part for payload in payloads for part in wire.encode(Frame(Kind.WRITE, 1, 5, 0, payload)))

@@ -12,11 +12,11 @@ from typing import Any, Final, NamedTuple, get_args
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Put `data` at byte `offset` of `file`."""
+    """Put `data` at byte `offset` of `file`. What is not bytes must not change before it is sent."""
 
     file: int
     offset: int
-    data: bytes | memoryview
+    data: bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)

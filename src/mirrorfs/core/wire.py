@@ -5,11 +5,9 @@ and a payload whose length is bounded; the checksum covers both. Hot payloads ar
 """
 
 import struct
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 from xxhash import xxh3_64_intdigest
@@ -28,6 +26,8 @@ CHECKSUM: Final = struct.Struct("<Q")
 HEADER_SIZE: Final = HEADER.size + CHECKSUM.size
 #: A write of FUSE has at most 1 MiB; an entry carries the extended attributes of one file.
 MAX_PAYLOAD: Final = 4 << 20
+#: Of a decoder: a large write with its header, and more that came with it.
+_ROOM: Final = 2 << 20
 
 #: What a payload may be: what is not bytes must not change before it is sent.
 Payload = bytes | bytearray | memoryview
@@ -147,11 +147,11 @@ KIND_OF: Final[dict[type, Kind]] = {
     ops.MendAttributes: Kind.MEND_ATTRIBUTES,
     ops.Forget: Kind.FORGET,
 }
+_KINDS: Final = {int(kind): kind for kind in Kind}
 OPERATION_OF: Final[dict[Kind, Any]] = {kind: operation for operation, kind in KIND_OF.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One message; `sequence`, `file` and `offset` are 0 where the kind has no use for them."""
 
     kind: Kind
@@ -159,6 +159,10 @@ class Frame:
     file: int = 0
     offset: int = 0
     payload: Payload = b""
+
+    def owned(self) -> "Frame":
+        """The same frame with a payload of its own."""
+        return self if isinstance(self.payload, bytes) else self._replace(payload=bytes(self.payload))
 
 
 def preamble() -> bytes:
@@ -179,10 +183,13 @@ def check_preamble(data: bytes) -> None:
 
 def encode(frame: Frame) -> Encoded:
     """Header and payload of a frame. The payload is the frame's own, not a copy; a memoryview must be one of bytes."""
-    payload = frame.payload
+    return _encode(*frame)
+
+
+def _encode(kind: Kind, sequence: int, file: int, offset: int, payload: Payload) -> Encoded:
     size = len(payload)
     assert size <= MAX_PAYLOAD, size
-    fixed = HEADER.pack(size, frame.kind, 0, 0, frame.sequence, frame.file, frame.offset)
+    fixed = HEADER.pack(size, kind, 0, 0, sequence, file, offset)
     return fixed + CHECKSUM.pack(_checksum(fixed, payload)), payload
 
 
@@ -198,8 +205,10 @@ def encode_message(kind: Kind, content: object, sequence: int = 0, offset: int =
 
 def encode_operation(operation: ops.Operation, sequence: int) -> Encoded:
     """The frame of one operation on the stream."""
-    if isinstance(operation, ops.Write | ops.CopyData):
-        return encode(Frame(KIND_OF[type(operation)], sequence, operation.file, operation.offset, operation.data))
+    if isinstance(operation, ops.Write):
+        return _encode(Kind.WRITE, sequence, operation.file, operation.offset, operation.data)
+    if isinstance(operation, ops.CopyData):
+        return _encode(Kind.COPY_DATA, sequence, operation.file, operation.offset, operation.data)
     return encode_message(KIND_OF[type(operation)], ops.values(operation), sequence)
 
 
@@ -208,7 +217,9 @@ def decode_operation(frame: Frame) -> ops.Operation:
     if frame.kind in (Kind.WRITE, Kind.COPY_DATA):
         if not 0 < frame.file < 1 << 63 or frame.offset >= 1 << 63:
             raise ProtocolError(f"a malformed {frame.kind.name}: file {frame.file}, offset {frame.offset}")
-        return (ops.Write if frame.kind is Kind.WRITE else ops.CopyData)(frame.file, frame.offset, bytes(frame.payload))
+        if frame.kind is Kind.WRITE:
+            return ops.Write(frame.file, frame.offset, frame.payload)
+        return ops.CopyData(frame.file, frame.offset, bytes(frame.payload))
     operation = OPERATION_OF.get(frame.kind)
     if operation is None:
         raise ProtocolError(f"a frame of kind {frame.kind.name} where an operation was expected")
@@ -248,60 +259,68 @@ def raw(value: object) -> bytes:
 class Decoder:
     """Bytes in, frames out. After a ProtocolError the connection is of no use any more.
 
-    What arrives is kept in the pieces in which it came; a payload is put together once, when all of it is there.
+    Bytes are read into `space`, and taken in by `received`: a frame's payload is a view of that room, good until the next
+    `space`. What `feed` yields is its own.
     """
 
     def __init__(self) -> None:
-        self._pieces: deque[memoryview] = deque()
-        self._size = 0
-        self._header: Payload = b""
+        self._buffer = bytearray(_ROOM)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
 
     @property
     def incomplete(self) -> bool:
         """Whether a part of a frame has arrived: an end of the connection now means that it was cut off."""
-        return bool(self._size or self._header)
+        return self._end > self._start
 
-    def feed(self, data: Payload) -> Iterator[Frame]:
-        """Take in `data`, without a copy if it is bytes, and yield the frames that it completes; raises ProtocolError."""
-        if data:
-            self._pieces.append(memoryview(data if isinstance(data, bytes) else bytes(data)))
-            self._size += len(data)
-        while True:
-            if not self._header:
-                if self._size < HEADER_SIZE:
-                    return
-                self._header = self._take(HEADER_SIZE)
-            length, kind, _, _, sequence, file, offset = HEADER.unpack_from(self._header)
+    def space(self) -> memoryview:
+        """Room for what comes next, at least for the rest of the frame that has begun."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start:
+            needed = HEADER_SIZE
+            if self._end - self._start >= HEADER_SIZE:
+                needed += min(HEADER.unpack_from(self._buffer, self._start)[0], MAX_PAYLOAD)
+            if self._start + needed > len(self._buffer):
+                self._make_room(needed)
+        if self._end == len(self._buffer):
+            self._make_room(HEADER_SIZE + MAX_PAYLOAD)
+        return self._view[self._end :]
+
+    def _make_room(self, size: int) -> None:
+        """Put what has arrived to the front, of a room of at least so many bytes in all."""
+        waiting = bytes(self._view[self._start : self._end])
+        if size > len(self._buffer):
+            self._buffer = bytearray(size)
+            self._view = memoryview(self._buffer)
+        self._buffer[: len(waiting)] = waiting
+        self._start, self._end = 0, len(waiting)
+
+    def received(self, count: int) -> Iterator[Frame]:
+        """So many bytes have been put into `space`: yield the frames that they complete; raises ProtocolError."""
+        self._end += count
+        buffer, view, start, end = self._buffer, self._view, self._start, self._end
+        while end - start >= HEADER_SIZE:
+            length, kind, _, _, sequence, file, offset = HEADER.unpack_from(buffer, start)
             if length > MAX_PAYLOAD:
                 raise ProtocolError(f"a frame of {length} bytes, more than the {MAX_PAYLOAD} allowed")
-            if self._size < length:
+            body = start + HEADER_SIZE
+            if body + length > end:
                 return
-            payload = bytes(self._take(length)) if length else b""
-            (checksum,) = CHECKSUM.unpack_from(self._header, HEADER.size)
-            if _checksum(self._header[: HEADER.size], payload) != checksum:
+            payload = view[body : body + length]
+            (checksum,) = CHECKSUM.unpack_from(buffer, start + HEADER.size)
+            if _checksum(view[start : start + HEADER.size], payload) != checksum:
                 raise ProtocolError("a frame whose checksum is wrong")
-            try:
-                frame = Frame(Kind(kind), sequence, file, offset, payload)
-            except ValueError:
-                raise ProtocolError(f"a frame of unknown kind {kind}") from None
-            self._header = b""
-            yield frame
+            known = _KINDS.get(kind)
+            if known is None:
+                raise ProtocolError(f"a frame of unknown kind {kind}")
+            self._start = start = body + length
+            yield Frame(known, sequence, file, offset, payload)
 
-    def _take(self, size: int) -> Payload:
-        """The next `size` bytes, which have arrived; of bytes that have to be put together a copy, else a view."""
-        self._size -= size
-        first = self._pieces[0]
-        if size < len(first):
-            self._pieces[0] = first[size:]
-            return first[:size]
-        taken = list[memoryview]()
-        while size >= len(first):
-            taken.append(self._pieces.popleft())
-            size -= len(first)
-            if not size:
-                break
-            first = self._pieces[0]
-        else:
-            taken.append(first[:size])
-            self._pieces[0] = first[size:]
-        return taken[0] if len(taken) == 1 else b"".join(taken)
+    def feed(self, data: Payload) -> Iterator[Frame]:
+        """Take in `data` and yield the frames that it completes; raises ProtocolError."""
+        if len(data) > len(self._buffer) - self._end:
+            self._make_room(self._end - self._start + len(data))
+        self._buffer[self._end : self._end + len(data)] = data
+        for frame in self.received(len(data)):
+            yield frame.owned()
