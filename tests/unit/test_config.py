@@ -126,9 +126,7 @@ def test_a_schedule_may_be_off(file: Path) -> None:
     assert loaded(file, TWO + '[verify]\nevery = "off"\n').verify.every_s is None
 
 
-def test_the_session_is_the_environments_then_the_files_then_the_kernels(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_session_is_the_environments_then_the_files_then_the_kernels(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(file, TWO).session == "kernel"
     assert loaded(file, 'session = "pyfuse3"\n' + TWO).session == "pyfuse3"
     monkeypatch.setenv("MIRRORFS_SESSION", "kernel")
