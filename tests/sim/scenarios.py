@@ -137,6 +137,8 @@ async def two_forks_have_the_same_epoch_number(world: World) -> None:
     await pair.until(lambda: pair.b.node is not None and not pair.b.node.connected, "the standby to notice")
     world.was_reckless = True
     await pair.promote(pair.b)
+    for application in pair.applications:
+        await application.quiet()  # or what it is about to do on one machine would be ended on the other
     for machine in (pair.a, pair.b):
         application = pair.applications[0] if machine is pair.a else pair.applications[1]
         application.use(machine)
