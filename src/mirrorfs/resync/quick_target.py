@@ -188,17 +188,26 @@ class Returning(Maker):
         directory = self.tree.table.get(operation.directory)
         given = whole.gives_attributes(self.tree.table.proc(directory))
         for file in operation.files:
-            if file.file not in self._here and self.tree.table.find(file.file) is None:
-                with suppress(FileExistsError):
-                    whole.make(self.tree, self.tree.table.descriptor(directory), file, given_attributes=given)
-                    continue
-            self._again(operation.directory, file)
+            try:
+                if file.file not in self._here and self.tree.table.find(file.file) is None:
+                    with suppress(FileExistsError):
+                        whole.make(self.tree, self.tree.table.descriptor(directory), file, given_attributes=given)
+                        continue
+                self._again(operation.directory, file)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._aside:
+                    raise
+                # What waits aside takes the room: once that is gone, the file's data is sent again.
+                self._stand(operation.directory, file)
+                self.lacked.append(file.file)
+
+    def _stand(self, parent: int, file: ops.WholeFile) -> None:
+        size = len(file.data)
+        self._stands(ops.Entry(parent, file.name, file.file, file.mode, file.uid, file.gid, 0, size, b"", file.xattrs))
 
     def _again(self, parent: int, file: ops.WholeFile) -> None:
         """A file is here already, or something else is in its way: it becomes what it is at the source."""
-        self._stands(
-            ops.Entry(parent, file.name, file.file, file.mode, file.uid, file.gid, 0, len(file.data), b"", file.xattrs)
-        )
+        self._stand(parent, file)
         known = self.tree.table.get(file.file)
         self.resize(known, len(file.data))
         if file.data:
