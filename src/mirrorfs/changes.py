@@ -112,6 +112,35 @@ class Changes:
             raise failure
         return result
 
+    async def write(self, known: Known, offset: int, data: bytes | bytearray | memoryview) -> int:
+        """As `change` with a `Write`; returns the bytes written. Most of them go a shorter way."""
+        size = len(data)
+        dirty = self.activity.dirty
+        if (
+            self.mode is Mode.MIRRORED
+            and not known.gone
+            and known.id in self.there.known
+            and size
+            and (not dirty.tracking or dirty.is_hot(known.id, offset, size))
+        ):
+            # No await from here to the stream, as in `_make`; whatever is not as it should be is left to that.
+            descriptor = self.tree.table.data(known)
+            try:
+                written = os.pwrite(descriptor, data, offset)
+            except OSError:
+                written = 0
+            if written:
+                assert self.stream is not None
+                known.version += 1
+                sequence = self.stream.put_write(known.id, offset, data if written == size else data[:written])
+                if known.id < dirty.new_from and dirty.tracking:
+                    dirty.now.write(known.id, offset, written)
+                self._times.add_known(known)
+                await self._acknowledged(sequence)
+                return written
+        count: int = await self.change(ops.Write(known.id, offset, data), known)
+        return count
+
     def _note_untold(self, change: ops.Change, old_size: int) -> None:
         """The target of a quick resync is not told of this change: what it makes dirty is brought over later."""
         if isinstance(self.copier, CatchUp):

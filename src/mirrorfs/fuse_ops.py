@@ -343,7 +343,7 @@ class FuseOperations(pyfuse3.Operations):
             self._tree.table.let_go(known)
 
     @answered
-    async def write(self, fh: int, off: int, buf: bytes | memoryview) -> int:
+    async def write(self, fh: int, off: int, buf: bytes | memoryview, flags: int = 0) -> int:
         handle = self._files[fh]
         primary = self._primary(handle)
         known = handle.known
@@ -352,10 +352,12 @@ class FuseOperations(pyfuse3.Operations):
             if mode is not None:
                 buf = bytes(buf)  # what lies in it after a wait is another request
                 await primary.change(ops.SetAttributes(known.id, mode=mode), known)
-        written: int = await primary.change(ops.Write(known.id, off, buf), known)
+        written = await primary.write(known, off, buf)
         if handle.sync:
             # The kernel sends no FSYNC for asynchronous O_DIRECT writes.
             await primary.sync(known, handle.data_sync)
+        elif flags & os.O_DSYNC:  # asked for with this write (RWF_DSYNC)
+            await primary.sync(known, flags & os.O_SYNC != os.O_SYNC)
         return written
 
     async def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:

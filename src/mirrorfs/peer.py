@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 _GREETING_TIMEOUT_S: Final = 5.0
 _MAX_STRANGERS: Final = 16
 _REDIAL_S: Final = 0.3
+#: The kernel takes several large writes at once.
+_SOCKET_BUFFER: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
 
 
 class Link:
@@ -343,6 +347,9 @@ Visitor = Callable[[socket.socket, str], Awaitable[None]]
 def _prepare(connection: socket.socket) -> None:
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
+        with suppress(OSError):  # not allowed to: the kernel's own sizes will do
+            connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
 
 
 async def listen(

@@ -16,8 +16,9 @@ import trio
 
 from mirrorfs.strand import Strands
 
-#: One turn, in seconds, before trio's own tasks are run.
+#: One turn, in seconds, before trio's own tasks are run; and if some of them could run, as far as is known without asking trio.
 _TURN_S: Final = 0.001
+_SHORT_TURN_S: Final = 0.0002
 #: So long it looks again before it sleeps, and so much of that may be saved up.
 _LOOK_S: Final = 0.0003
 _MOST_CREDIT_S: Final = 0.01
@@ -100,6 +101,7 @@ class Reactor:
         """Work until the turn is over, or there is no more; True in the first case."""
         poll, sources, strands = self._epoll.poll, self._sources, self.strands
         began = worked = perf_counter()
+        look_at = began + _SHORT_TURN_S
         while True:
             busy = strands.run_ready()
             for descriptor, _ in poll(0):
@@ -113,8 +115,10 @@ class Reactor:
             if busy:
                 self._credit_s = min(self._credit_s + (now - worked) * _CREDIT_OF_WORK, _MOST_CREDIT_S)
                 worked = now
-                if now - began > _TURN_S:
-                    return True
+                if now > look_at:
+                    if now - began > _TURN_S or trio.lowlevel.current_statistics().tasks_runnable:
+                        return True
+                    look_at = now + _SHORT_TURN_S
             elif self._credit_s < _LOOK_S:
                 return False  # a look that is too short is always in vain: save up for a whole one
             elif now - worked > _LOOK_S:

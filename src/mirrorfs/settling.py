@@ -52,9 +52,14 @@ class Settling:
     def add(self, number: int) -> None:
         """The peer must be told this file's modification time."""
         known = self._tree.table.find(number)
-        if known is not None and number not in self._unsettled:
+        if known is not None:
+            self.add_known(known)
+
+    def add_known(self, known: Known) -> None:
+        """As `add`."""
+        if known.id not in self._unsettled:
             known.kept += 1
-            self._unsettled[number] = known
+            self._unsettled[known.id] = known
 
     def settle(self, number: int) -> None:
         """Tell the modification time of a file as it stands here; nobody waits for it."""

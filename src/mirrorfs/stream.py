@@ -62,6 +62,12 @@ class Stream:
         self.link.send(wire.encode_operation(operation, self.sent))
         return self.sent
 
+    def put_write(self, file: int, offset: int, data: bytes | bytearray | memoryview) -> int:
+        """As `put` of a `Write`."""
+        self.sent += 1
+        self.link.send(wire.encode_write(file, offset, data, self.sent))
+        return self.sent
+
     def put_flush(self, operation: ops.Flush) -> int:
         """Send a sync, whose result `flushed` will wait for."""
         sequence = self.put(operation)

@@ -192,8 +192,8 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, session, nodes, replication, resync, verify, arbiter, '
-            "failover, vip, service)",
+            r'"a\nb": unknown key, remove it (known here: volume, node, backing, session, nodes, replication, resync, verify, '
+            "arbiter, failover, vip, service)",
         ),
         (
             'volume = "v"\n',

@@ -125,9 +125,9 @@ def test_an_attribute_may_hold_any_bytes() -> None:
 
 
 def test_a_write_reads_as_much_as_it_says() -> None:
-    body = protocol.WRITE_IN.pack(9, 4096, 4, 0, 0, 0, 0) + b"data and more"
+    body = protocol.WRITE_IN.pack(9, 4096, 4, 0, 0, os.O_DSYNC, 0) + b"data and more"
     name, arguments, answer = _call(Opcode.WRITE, 4, body)
-    assert (name, arguments) == ("write", [9, 4096, b"data"])
+    assert (name, arguments) == ("write", [9, 4096, b"data", os.O_DSYNC])
     assert answer == protocol.WRITE_OUT.pack(7, 0)
 
 

@@ -310,6 +310,16 @@ class DirtySet:
                     return self._cold_attributes(change.file) + self._cold_tail(change.file, first)
                 return self._cold_extents(change.file, first, last)
 
+    def is_hot(self, file: int, offset: int, size: int) -> bool:
+        """Whether a write may be made at once: what it makes dirty is durably marked. Often False where `cold` says more."""
+        if file >= self.new_from:
+            return True
+        first = offset // EXTENT
+        if (offset + size - 1) // EXTENT != first or (file, first) not in self._hot:
+            return False
+        self._hot[file, first] = self._age
+        return True
+
     def cold_names(self, directory: int) -> list[Mark]:
         """As `cold`, for a directory of which a name changes."""
         return self._cold_names(directory)

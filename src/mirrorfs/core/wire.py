@@ -206,10 +206,15 @@ def encode_message(kind: Kind, content: object, sequence: int = 0, offset: int =
 def encode_operation(operation: ops.Operation, sequence: int) -> Encoded:
     """The frame of one operation on the stream."""
     if isinstance(operation, ops.Write):
-        return _encode(Kind.WRITE, sequence, operation.file, operation.offset, operation.data)
+        return encode_write(operation.file, operation.offset, operation.data, sequence)
     if isinstance(operation, ops.CopyData):
         return _encode(Kind.COPY_DATA, sequence, operation.file, operation.offset, operation.data)
     return encode_message(KIND_OF[type(operation)], ops.values(operation), sequence)
+
+
+def encode_write(file: int, offset: int, data: Payload, sequence: int) -> Encoded:
+    """As `encode_operation` of a `Write`."""
+    return _encode(Kind.WRITE, sequence, file, offset, data)
 
 
 def decode_operation(frame: Frame) -> ops.Operation:

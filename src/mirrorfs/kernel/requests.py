@@ -322,9 +322,9 @@ async def _count(call: Coroutine[Any, Any, int]) -> bytes:
 
 
 def _write(fs: "FuseOperations", node: int, body: memoryview, caller: Caller) -> Serving:
-    fh, offset, size, *_ = protocol.WRITE_IN.unpack_from(body)
+    fh, offset, size, _, _, flags, _ = protocol.WRITE_IN.unpack_from(body)
     at = protocol.WRITE_IN.size
-    return _count(_raw(fs.write)(fs, fh, offset, body[at : at + size]))
+    return _count(_raw(fs.write)(fs, fh, offset, body[at : at + size], flags))
 
 
 def _release(fs: "FuseOperations", node: int, body: memoryview, caller: Caller) -> Serving:
