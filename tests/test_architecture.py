@@ -54,6 +54,7 @@ ORDER = [
     "syncing",
     "settling",
     "introductions",
+    "foresight",
     "marking",
     "checkpoint",
     "activity",

@@ -6,6 +6,7 @@ the stream is the order in which the changes happened here; a new `await` in `_m
 All of it may run in a strand: what it waits for, it waits for by `pause`, or goes into a task before.
 """
 
+import errno
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from mirrorfs.config import Config
 from mirrorfs.core import operations as ops
 from mirrorfs.core.modes import Mode
 from mirrorfs.errors import FrozenError, NotPrimaryError
+from mirrorfs.foresight import Foresight
 from mirrorfs.introductions import Introductions
 from mirrorfs.keeper import Keeper
 from mirrorfs.marking import Marking
@@ -71,6 +73,7 @@ class Changes:
         self._introductions: Introductions | None = None
         self._times = Settling(tree, self._tell_times)
         self._flush_both = False
+        self._foresight = Foresight(tree)
 
     # ---- what fuse_ops calls
 
@@ -124,22 +127,38 @@ class Changes:
             and (not dirty.tracking or dirty.is_hot(known.id, offset, size))
         ):
             # No await from here to the stream, as in `_make`; whatever is not as it should be is left to that.
+            assert self.stream is not None
             descriptor = self.tree.table.data(known)
-            try:
-                written = os.pwrite(descriptor, data, offset)
-            except OSError:
-                written = 0
-            if written:
-                assert self.stream is not None
+            if self._foresight.may_write(offset, size):
                 known.version += 1
-                sequence = self.stream.put_write(known.id, offset, data if written == size else data[:written])
+                sequence = self.stream.put_write(known.id, offset, data)
                 if known.id < dirty.new_from and dirty.tracking:
-                    dirty.now.write(known.id, offset, written)
+                    dirty.now.write(known.id, offset, size)
                 self._times.add_known(known)
+                failure = self._write_told(descriptor, offset, data)
                 await self._acknowledged(sequence)
-                return written
+                if failure is not None:
+                    raise failure
+                return size
         count: int = await self.change(ops.Write(known.id, offset, data), known)
         return count
+
+    def _write_told(self, descriptor: int, offset: int, data: bytes | bytearray | memoryview) -> OSError | None:
+        """Write what the peer was told of; returns what failed."""
+        try:
+            if os.pwrite(descriptor, data, offset) == len(data):
+                return None
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as failed:
+            error = failed
+        self._not_made(error)
+        return error
+
+    def _not_made(self, error: OSError) -> None:
+        """The peer was told of a change that could not be made here, and that is marked: it is brought to the same tree again.
+        Who asked for it hears of the failure once the peer is out of the in-sync set."""
+        assert self.stream is not None
+        self.stream.link.close(f"a change that the other node was told of failed here: {error.strerror}")
 
     def _note_untold(self, change: ops.Change, old_size: int) -> None:
         """The target of a quick resync is not told of this change: what it makes dirty is brought over later."""
@@ -164,7 +183,7 @@ class Changes:
         return self.stream is not None and (self.copier is None or self.copier.tells(change))
 
     def _make(self, change: ops.Change, target: Known | None, old_size: int) -> tuple[Any, int, OSError | None]:
-        """Apply, number and send; no await in here."""
+        """Apply, number and send, or what is sure to succeed the other way round; no await in here."""
         local = target is not None and target.gone  # a file without a name is nobody's but this node's
         told = not local and self._is_told(change)
         if isinstance(change, ops.CopyRange) and not local and not self._can_copy(change):
@@ -179,11 +198,21 @@ class Changes:
                 told = False
                 assert self.stream is not None
                 self.stream.link.close(f"a change could not be introduced: {error.strerror}")
+        sent = self._send(change) if told and self.copier is None and self._foresight.will_succeed(change) else 0
         try:
-            change, result, failure = contents.make(change, self.tree.apply)
+            made, result, failure = contents.make(change, self.tree.apply)
         except OSError as error:
+            if sent:
+                self._marking.after(change, old_size)
+                self._not_made(error)
+                return None, sent, error
             self._note_failed(change, error, old_size, local)
             raise
+        if not sent:
+            change = made
+        elif made is not change:
+            failure = failure or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._not_made(failure)
         if isinstance(result, Known) and result.gone and self._introductions is not None:
             self._introductions.known.discard(result.id)
         if local:
@@ -193,6 +222,8 @@ class Changes:
             self._note_untold(change, old_size)
         if self.stream is not None:
             self._times.note(change)
+        if sent:
+            return result, sent, failure
         try:
             if told and isinstance(self.copier, CatchUp):
                 self.copier.note_told(change)

@@ -16,7 +16,7 @@ import trio
 
 from mirrorfs.strand import Strands
 
-#: One turn, in seconds, before trio's own tasks are run; and if some of them could run, as far as is known without asking trio.
+#: One turn, in seconds, before trio's own tasks are run; and if one of them has become ready to run meanwhile.
 _TURN_S: Final = 0.001
 _SHORT_TURN_S: Final = 0.0002
 #: So long it looks again before it sleeps, and so much of that may be saved up.
@@ -27,6 +27,18 @@ _CREDIT_OF_WORK: Final = 1 / 3
 _SWITCH_S: Final = 0.0005
 #: Tasks of trio wake each other: they are let run so often in a row, before the next turn.
 _ROUNDS: Final = 3
+
+
+class _Waiting(trio.abc.Instrument):
+    """Whether a task of trio's is ready to run, besides the reactor's own."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self.own: trio.lowlevel.Task | None = None
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        if task is not self.own:
+            self.is_there = True
 
 
 class Reactor:
@@ -40,6 +52,7 @@ class Reactor:
         self._sources[self._kick] = self._kicked
         self._sleeps = False
         self._credit_s = 0.0
+        self._waiting = _Waiting()
         self.strands = Strands(self.wake)
 
     def add(self, descriptor: int, serve: Callable[[], None]) -> None:
@@ -65,6 +78,8 @@ class Reactor:
         """Serve until cancelled."""
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
+        self._waiting.own = trio.lowlevel.current_task()
+        trio.lowlevel.add_instrument(self._waiting)
         try:
             async with trio.open_nursery() as nursery:
                 self.strands.nursery = nursery
@@ -76,6 +91,7 @@ class Reactor:
                         await self._sleep()
         finally:
             sys.setswitchinterval(before)
+            trio.lowlevel.remove_instrument(self._waiting)
             self.strands.end()
             self.strands.nursery = None
 
@@ -86,8 +102,9 @@ class Reactor:
 
     async def _let_others_run(self) -> None:
         for _ in range(_ROUNDS):
+            self._waiting.is_there = False
             await trio.lowlevel.checkpoint()
-            if not trio.lowlevel.current_statistics().tasks_runnable:
+            if not self._waiting.is_there:
                 return
 
     async def _sleep(self) -> None:
@@ -116,7 +133,7 @@ class Reactor:
                 self._credit_s = min(self._credit_s + (now - worked) * _CREDIT_OF_WORK, _MOST_CREDIT_S)
                 worked = now
                 if now > look_at:
-                    if now - began > _TURN_S or trio.lowlevel.current_statistics().tasks_runnable:
+                    if now - began > _TURN_S or self._waiting.is_there:
                         return True
                     look_at = now + _SHORT_TURN_S
             elif self._credit_s < _LOOK_S:

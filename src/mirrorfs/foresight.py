@@ -1,0 +1,83 @@
+"""Which changes are sure enough to succeed here that the peer is told of them before they are made: it makes them meanwhile.
+
+A wrong guess costs the peer a resync and nothing else (`Changes._not_made`), so this refuses whatever an application could
+bring about at will: a full disk, a name that is taken, a limit.
+"""
+
+import os
+import stat
+from typing import Final
+
+import trio
+
+from mirrorfs.core import ids
+from mirrorfs.core import operations as ops
+from mirrorfs.tree import Tree
+
+#: Room in bytes and files that nobody fills before it is looked at again.
+_AMPLE_BYTES: Final = 256 << 20
+_AMPLE_FILES: Final = 10_000
+_LOOK_S: Final = 0.1
+_NAME_MAX: Final = 255
+#: Below the largest file of ext4 with blocks of 1 KiB.
+_FILE_MAX: Final = 1 << 33
+
+
+class Foresight:
+    """Looks at the tree, and at the room that there is, without waiting."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._look_at = float("-inf")
+        self._is_ample = False
+
+    def has_room(self) -> bool:
+        """Whether the disk is far from full."""
+        now = trio.current_time()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            room = self._tree.statvfs()
+            has_files = not room.f_files or room.f_ffree >= _AMPLE_FILES
+            self._is_ample = has_files and room.f_bavail * room.f_frsize >= _AMPLE_BYTES
+        return self._is_ample
+
+    def may_write(self, offset: int, size: int) -> bool:
+        """Whether a write is sure to succeed."""
+        return size > 0 and offset + size <= _FILE_MAX and self.has_room()
+
+    def will_succeed(self, change: ops.Change) -> bool:
+        """Whether a change is; False if that is not known."""
+        match change:
+            case ops.Write():
+                return self.may_write(change.offset, len(change.data))
+            case ops.MakeNode() | ops.Symlink():
+                return self.has_room() and self._kind(change.parent, change.name) == 0
+            case ops.Unlink():
+                return self._is_file(change.parent, change.name)
+            case ops.Rename():
+                return (
+                    not change.flags
+                    and self.has_room()
+                    and self._is_file(change.parent, change.name)
+                    and self._kind(change.new_parent, change.new_name) == 0
+                )
+            case _:
+                return False
+
+    def _is_file(self, parent: int, name: bytes) -> bool:
+        return self._kind(parent, name) not in (None, 0, stat.S_IFDIR)
+
+    def _kind(self, parent: int, name: bytes) -> int | None:
+        """The type of what stands under a name, 0 for nothing, None if that cannot be said or nothing may stand there."""
+        directory = self._tree.table.find(parent)
+        if directory is None or directory.gone or not directory.is_directory or not 0 < len(name) <= _NAME_MAX:
+            return None
+        if parent == ids.ROOT and name in (b".", b".."):
+            return None
+        try:
+            status = os.stat(name, dir_fd=self._tree.table.descriptor(directory), follow_symlinks=False)
+        except FileNotFoundError:
+            return 0
+        except OSError:
+            return None
+        return stat.S_IFMT(status.st_mode)
