@@ -40,9 +40,14 @@ exec glusterd --no-daemon --log-file="$home/glusterd.log"
 """
 
 
+def is_missing() -> bool:
+    """True if GlusterFS is not installed."""
+    return shutil.which("glusterd") is None or shutil.which("gluster") is None
+
+
 def require() -> None:
     """MirrorfsError if GlusterFS is not installed, or if this is not root."""
-    if shutil.which("glusterd") is None or shutil.which("gluster") is None:
+    if is_missing():
         raise MirrorfsError("GlusterFS is not installed (Debian: apt-get install glusterfs-server)")
     if os.geteuid() != 0:
         raise MirrorfsError("GlusterFS needs root, for its namespaces and mounts")
