@@ -142,6 +142,9 @@ class _Pair:
     def _answers(self, host: str) -> bool:
         if self._daemons[host].poll() is not None:
             raise MirrorfsError(f"glusterd has ended at once on host {host}; its log is {self._log_tail(host)}")
+        # Not earlier: until it has left the machine's own namespaces, the question would go to a glusterd of the machine.
+        if not (self._dir / host / "run" / "glusterd.socket").exists():
+            return False
         return self._command(host, "peer", "status").returncode == 0
 
     def _has_peer(self, host: str) -> bool:

@@ -48,7 +48,7 @@ def draw(ratios: Mapping[str, Mapping[str, float]], file: Path, *, base: str, ti
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks(range(len(workloads)), workloads)
         axes.invert_yaxis()
-        axes.margins(x=0.12)
+        axes.margins(x=0.12, y=0.01)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
         axes.grid(axis="x", which="major", alpha=0.3)
         axes.set_axisbelow(True)
