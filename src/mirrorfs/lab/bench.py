@@ -1,4 +1,4 @@
-"""`mirrorfs bench`: the same work on a plain directory, on a mount alone and on a mirrored one, in turns.
+"""`mirrorfs bench`: the same work on a plain directory, a mount alone, a mirrored one and what else is asked for, in turns.
 
 Each round does every workload on every system, one after the other, so that a drift of the machine hits all alike. What
 counts are the ratios within one run; the figures by themselves are the machine's.
@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mirrorfs.errors import MirrorfsError
-from mirrorfs.lab import scratch
+from mirrorfs.errors import MirrorfsError, UsageError
+from mirrorfs.lab import gluster, pgbench, plot, postgresql, scratch
 from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
 from mirrorfs.lab.pair import Lab, wait_for
+from mirrorfs.lab.postgresql import Server
 
 # The figure is operations per second.
 FIO = {
@@ -42,50 +44,137 @@ _FILES_PER_SECOND_ASKED = 400
 _FILES_PER_DIRECTORY = 100
 _FILE_BYTES = 4096
 
+_NATIVE = "native"  # the system that the others are compared with
+_SYSTEMS = (_NATIVE, "mount alone", "mirrored", "glusterfs")
+_SMALL_FILES = ("create + write 4k files", "stat files", "rename files", "unlink files")
+
 _Figures = dict[str, dict[str, list[float]]]  # by workload and system, one figure a round
 
 
-def run(*, directory: Path | None, rounds: int, seconds: float, json_file: Path | None) -> int:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is done in one turn: `measure` works in the directory of a system and returns the figures of `rows`."""
+
+    name: str  # as it is told while it runs
+    rows: Sequence[str]
+    measure: Callable[[str, Path], Mapping[str, float]]  # of the system's name and its directory
+
+
+def run(
+    *,
+    directory: Path | None,
+    rounds: int,
+    seconds: float,
+    json_file: Path | None,
+    only: Sequence[str] = (),
+    glusterfs: bool = False,
+    others: Mapping[str, Path] | None = None,
+    plot_file: Path | None = None,
+) -> int:
     """Measure in `directory` or a fresh one, print the table, keep all figures in `json_file`; the exit status is 0.
 
-    `seconds` is for each workload, system and round. Raises MirrorfsError if fio is missing or a job of it fails.
+    `seconds` is for each workload, system and round. With `only`, just the workloads whose name contains one of its words;
+    with `glusterfs`, a pair of that too; `others` are further directories, by the name of their system. `plot_file` gets the
+    ratios as SVG. Raises UsageError for what cannot be meant so, MirrorfsError if a program is missing or fails.
     """
-    if shutil.which("fio") is None:
-        raise MirrorfsError("fio is not installed (Debian: apt-get install fio)")
+    others = others or {}
+    _check(others, [file for file in (json_file, plot_file) if file])
+    if plot_file is not None:
+        plot.require()
+    if glusterfs:
+        gluster.require()
     figures: _Figures = {}
     with scratch.place(directory) as place, contextlib.ExitStack() as cleanup:
         place.mkdir(parents=True, exist_ok=True)
         archive = _make_archive(Path(cleanup.enter_context(_temporary(place, "archive-"))))
+        servers: dict[str, Server] = {}
+        works = _selected(_works(archive, seconds, servers), only)
         systems = {
-            "native": cleanup.enter_context(_temporary(place, "native-")),
+            _NATIVE: cleanup.enter_context(_temporary(place, "native-")),
             "mount alone": cleanup.enter_context(_alone(place / "alone")),
             "mirrored": cleanup.enter_context(_mirrored(place / "mirrored")),
         }
+        if glusterfs:
+            _say("setting GlusterFS up")
+            systems["glusterfs"] = cleanup.enter_context(gluster.mounted(place / "glusterfs"))
+        for name, other in others.items():
+            systems[name] = cleanup.enter_context(_temporary(other, "mirrorfs-bench-"))
+        if any(row in pgbench.SCRIPTS for work in works for row in work.rows):
+            private = cleanup.enter_context(_temporary(place, "postgresql-"))
+            for number, (system, target) in enumerate(systems.items()):
+                _say(f"making a cluster of PostgreSQL: {system}")
+                servers[system] = cleanup.enter_context(pgbench.serving(target, private / str(number)))
         for number in range(1, rounds + 1):
-            for workload, measure in _workloads(archive, seconds).items():
-                print(f"round {number} of {rounds}: {workload}", file=sys.stderr, flush=True)
+            for work in works:
+                _say(f"round {number} of {rounds}: {work.name}")
                 for system, target in systems.items():
-                    for name, figure in measure(target).items():
-                        figures.setdefault(name, {}).setdefault(system, []).append(figure)
-    print(_table(figures, rounds))
+                    measured = work.measure(system, target)
+                    for row in work.rows:
+                        figures.setdefault(row, {}).setdefault(system, []).append(measured[row])
+    medians = _medians(figures)
+    print(_table(medians, rounds))
     if json_file is not None:
         kept = {"machine": _machine(), "rounds": rounds, "seconds": seconds, "operations_per_second": figures}
         json_file.write_text(json.dumps(kept, indent=2) + "\n")
+    if plot_file is not None:
+        plot.draw(_ratios(medians), plot_file, base=_NATIVE, title=f"mirrorfs bench, median of {rounds}")
     return 0
 
 
-def _workloads(archive: Path, seconds: float) -> dict[str, Callable[[Path], Mapping[str, float]]]:
-    """By what is told about the progress: a function that works in a directory and returns the figures of its workloads."""
+def _check(others: Mapping[str, Path], files: Sequence[Path]) -> None:
+    """Before anything is measured: what would fail only at its end."""
+    for name, other in others.items():
+        if name in _SYSTEMS:
+            raise UsageError(f"--and {name}={other}: {name} is the name of a system that is measured anyway, choose another")
+        if not other.is_dir():
+            raise UsageError(f"--and {name}={other}: there is no such directory")
+    for file in files:
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"{file} cannot be written: there is no directory {file.absolute().parent}")
 
-    def fio(name: str, arguments: str) -> Callable[[Path], Mapping[str, float]]:
-        return lambda target: {name: _fio(target, arguments, seconds)}
 
-    return {
-        **{name: fio(name, arguments) for name, arguments in FIO.items()},
-        "small files": lambda target: _small_files(target, seconds),
-        "untar": lambda target: {"untar": _untar(target, archive)},
-        "sqlite commits": lambda target: {"sqlite commits": _sqlite_commits(target, seconds)},
-    }
+def _selected(works: Sequence[_Work], only: Sequence[str]) -> list[_Work]:
+    """The works with a row that is wanted, without their other rows; UsageError if there is none."""
+
+    def is_wanted(work: _Work, row: str) -> bool:
+        return not only or any(word.casefold() in name.casefold() for word in only for name in (work.name, row))
+
+    wanted = [replace(work, rows=[row for row in work.rows if is_wanted(work, row)]) for work in works]
+    selected = [work for work in wanted if work.rows]
+    if not selected:
+        names = ", ".join(row for work in works for row in work.rows)
+        raise UsageError(f"--only {' --only '.join(only)}: no workload is called so; there are {names}")
+    if shutil.which("fio") is None and any(work.name in FIO for work in selected):
+        raise MirrorfsError("fio is not installed (Debian: apt-get install fio)")
+    return selected
+
+
+def _works(archive: Path, seconds: float, servers: Mapping[str, Server]) -> list[_Work]:
+    """All that can be done, in the order of the table; `servers` are PostgreSQL's by system, there by the first turn."""
+
+    def fio(name: str, arguments: str) -> _Work:
+        return _Work(name, [name], lambda system, target: {name: _fio(target, arguments, seconds)})
+
+    def transactions(name: str, script: str) -> _Work:
+        measure = pgbench.transactions_per_second
+        return _Work(name, [name], lambda system, target: {name: measure(servers[system], script, seconds)})
+
+    works = [
+        *(fio(name, arguments) for name, arguments in FIO.items()),
+        _Work("small files", _SMALL_FILES, lambda system, target: _small_files(target, seconds)),
+        _Work("untar", ["untar"], lambda system, target: {"untar": _untar(target, archive)}),
+        _Work(
+            "sqlite commits", ["sqlite commits"], lambda system, target: {"sqlite commits": _sqlite_commits(target, seconds)}
+        ),
+    ]
+    if postgresql.installed() is None:
+        _say("PostgreSQL is not installed, the rows of pgbench are left out (Debian: apt-get install postgresql)")
+        return works
+    return works + [transactions(name, script) for name, script in pgbench.SCRIPTS.items()]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _fio(target: Path, arguments: str, seconds: float) -> float:
@@ -115,14 +204,14 @@ def _small_files(target: Path, seconds: float) -> dict[str, float]:
     files = [top / str(number // _FILES_PER_DIRECTORY) / f"file{number}" for number in range(count)]
     for directory in {file.parent for file in files}:
         directory.mkdir(parents=True)
-    steps: dict[str, Callable[[Path], object]] = {
-        "create + write 4k files": lambda file: file.write_bytes(data),
-        "stat files": os.stat,
-        "rename files": lambda file: file.rename(file.with_suffix(".renamed")),
-        "unlink files": lambda file: file.with_suffix(".renamed").unlink(),
-    }
+    steps: list[Callable[[Path], object]] = [
+        lambda file: file.write_bytes(data),
+        os.stat,
+        lambda file: file.rename(file.with_suffix(".renamed")),
+        lambda file: file.with_suffix(".renamed").unlink(),
+    ]
     rates = {}
-    for name, step in steps.items():
+    for name, step in zip(_SMALL_FILES, steps, strict=True):
         start = time.perf_counter()
         for file in files:
             step(file)
@@ -167,7 +256,9 @@ def _make_archive(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def _temporary(place: Path, prefix: str) -> Iterator[Path]:
+    """A fresh directory that every user can search, as PostgreSQL's has to."""
     with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as directory:
+        Path(directory).chmod(0o755)
         yield Path(directory)
 
 
@@ -198,16 +289,26 @@ def _mirrored(directory: Path) -> Iterator[Path]:
             raise MirrorfsError(f"the pair was not mirrored all the time, the figures are worth nothing: {status['reason']}")
 
 
-def _table(figures: _Figures, rounds: int) -> str:
-    """Medians, and how they relate to the first system's."""
+def _medians(figures: _Figures) -> dict[str, dict[str, float]]:
+    return {row: {system: statistics.median(found) for system, found in by.items()} for row, by in figures.items()}
+
+
+def _ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What the medians are of native's, without native."""
+    return {
+        row: {system: median / by[_NATIVE] for system, median in by.items() if system != _NATIVE} for row, by in medians.items()
+    }
+
+
+def _table(medians: Mapping[str, Mapping[str, float]], rounds: int) -> str:
+    """The medians, and how they relate to native's."""
     title = f"operations per second, median of {rounds}"
-    systems = list(next(iter(figures.values())))
-    lines = [f"{title:34}" + f"{systems[0]:>11}" + "".join(f"{system:>20}" for system in systems[1:])]
-    for workload, by_system in figures.items():
-        medians = {system: statistics.median(by_system[system]) for system in systems}
-        base = medians[systems[0]]
-        others = "".join(f"{medians[system]:>11,.0f} ({medians[system] / base:5.3f}x)" for system in systems[1:])
-        lines.append(f"{workload:34}{base:>11,.0f}{others}")
+    ratios = _ratios(medians)
+    widths = {system: max(20, len(system) + 2) for system in next(iter(ratios.values()))}
+    lines = [f"{title:34}{_NATIVE:>11}" + "".join(f"{system:>{width}}" for system, width in widths.items())]
+    for row, by in medians.items():
+        others = "".join(f"{by[system]:>{width - 9},.0f} ({ratios[row][system]:5.3f}x)" for system, width in widths.items())
+        lines.append(f"{row:34}{by[_NATIVE]:>11,.0f}{others}")
     return "\n".join(lines)
 
 

@@ -167,20 +167,33 @@ def bench(
     directory: _Place = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each workload is measured.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement runs.")] = 5.0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="PATTERN", help="Only workloads whose name contains this. Repeatable."),
+    ] = None,
+    glusterfs: Annotated[
+        bool, typer.Option("--glusterfs", help="Also GlusterFS, replica 2, which needs glusterfs-server.")
+    ] = False,
+    others: Annotated[
+        list[str] | None, typer.Option("--and", metavar="NAME=DIR", help="Also this directory or mount. Repeatable.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Plot the ratios to native there; needs matplotlib.")
+    ] = None,
     returns: Annotated[bool, typer.Option("--returns", help="Measure what the return of a node costs instead.")] = False,
     full: Annotated[
         bool, typer.Option("--full", help="With --returns: also a million files, and a million writes alone.")
     ] = False,
     drills: Annotated[bool, typer.Option("--failovers", help="Measure failovers instead, a table of seconds.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="With --failovers: how often each.")] = 20,
-    only: Annotated[list[str] | None, typer.Option("--drill", help="With --failovers: this one. Repeatable.")] = None,
+    drill: Annotated[list[str] | None, typer.Option("--drill", help="With --failovers: this one. Repeatable.")] = None,
 ) -> None:
     """Measure native, mounted alone and mirrored in one run, and print the ratios; needs root."""
     if drills:
         from mirrorfs.lab import drills as story
 
-        raise typer.Exit(story.run(directory=directory, runs=runs, only=only or [], as_json=False))
+        raise typer.Exit(story.run(directory=directory, runs=runs, only=drill or [], as_json=False))
     if returns:
         from mirrorfs.lab import returns as costs
 
@@ -188,4 +201,28 @@ def bench(
 
     from mirrorfs.lab import bench as measurement
 
-    raise typer.Exit(measurement.run(directory=directory, rounds=rounds, seconds=seconds, json_file=json_file))
+    raise typer.Exit(
+        measurement.run(
+            directory=directory,
+            rounds=rounds,
+            seconds=seconds,
+            json_file=json_file,
+            only=only or [],
+            glusterfs=glusterfs,
+            others=_named_directories(others or []),
+            plot_file=plot_file,
+        )
+    )
+
+
+def _named_directories(given: list[str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        name = name.strip()
+        if not (equals and name and path):
+            raise UsageError(f"--and {text}: write NAME=DIR, as in drbd=/mnt/drbd")
+        if name in named:
+            raise UsageError(f"--and {text}: there are two of the name {name}")
+        named[name] = Path(path)
+    return named

@@ -10,10 +10,10 @@ from typing import Any, Final
 from mirrorfs import control, heartbeat
 from mirrorfs.errors import ControlError, MirrorfsError
 from mirrorfs.lab import pair, public
-from mirrorfs.lab.databases import as_postgres
 from mirrorfs.lab.etcd import EtcdCluster
 from mirrorfs.lab.network import DESK
 from mirrorfs.lab.pair import Host, Lab, wait_for
+from mirrorfs.lab.postgresql import as_postgres
 
 ADDRESS: Final = "10.79.0.100"
 ETCD: Final = f'[arbiter]\nkind = "etcd"\nendpoints = ["http://{public.PUBLIC[DESK]}:2379"]\ntimeout = "500ms"\n'

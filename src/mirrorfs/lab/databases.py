@@ -5,9 +5,6 @@ Everything runs on the hosts of a lab, so that it dies with its host and `Lab.do
 
 import contextlib
 import itertools
-import pwd
-import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,11 +13,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from mirrorfs.errors import MirrorfsError
-from mirrorfs.lab.pair import Host, wait_for
+from mirrorfs.lab import postgresql
+from mirrorfs.lab.pair import Host
+from mirrorfs.lab.postgresql import Server
 
-_USER = "postgres"
-_INSTALLED = Path("/usr/lib/postgresql")
-_STOP_DEADLINE_S = 20
+_PSQL_OPTIONS = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", postgresql.USER, "-d", "postgres")
 
 _SQLITE_CLIENT = """
 import sqlite3, sys
@@ -109,90 +106,43 @@ class Sqlite(Database):
 class Postgresql(Database):
     """PostgreSQL as Debian has it, with its defaults, on a socket in `private` instead of the network."""
 
+    installed = staticmethod(postgresql.installed)
+
     def __init__(self, programs: Path, private: Path) -> None:
         """`programs` is the directory of its programs; `private` is made, for the socket and the logs."""
         super().__init__()
         self.name = f"PostgreSQL {programs.parent.name}"
         self._programs = programs
         self._private = private
-        self._server: subprocess.Popen[bytes] | None = None
-        private.mkdir(mode=0o700)
-        shutil.chown(private, _USER, _USER)
-
-    @staticmethod
-    def installed() -> Path | None:
-        """The directory of the programs of the newest PostgreSQL on this machine; None without one."""
-        try:
-            pwd.getpwnam(_USER)
-        except KeyError:
-            return None
-        found = [path.parent for path in _INSTALLED.glob("*/bin/initdb") if path.parent.parent.name.isdecimal()]
-        return max(found, key=lambda programs: int(programs.parent.name), default=None)
+        self._server: Server | None = None
+        postgresql.make_private(private)
 
     def create(self, host: Host) -> None:
         """Make the cluster, start its server, make the table. MirrorfsError if user postgres cannot reach the mount."""
-        cluster = self._cluster(host)
-        if host.run(*as_postgres("test", "-x", str(host.mount))).returncode:
-            raise MirrorfsError(f"{host.mount} cannot be reached by user {_USER}: choose another directory with --dir")
-        cluster.mkdir(mode=0o700)
-        shutil.chown(cluster, _USER, _USER)
-        # Without sync, which takes long and is of use only if the power fails before the first checkpoint.
-        made = host.run(
-            *as_postgres(str(self._programs / "initdb"), "-D", str(cluster), "-A", "trust", "--locale=C.UTF-8"),
-            "--no-sync",
-            cwd="/",
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            raise MirrorfsError(f"initdb failed on {cluster}: {made.stderr.strip()}")
+        self._on(host).create()
         self.start(host)
         self._psql(host, "create table noted (n integer primary key)")
 
     def start(self, host: Host) -> None:
         """Start the server on the host, which recovers first if the last one was killed."""
-        log = self._private / "server.log"
-        with log.open("ab") as output:
-            # A child of ours, so that it is reaped: its successor refuses to start while there is a process of that pid.
-            self._server = host.popen(
-                *as_postgres(str(self._programs / "postgres"), "-D", str(self._cluster(host))),
-                *("-k", str(self._private), "-c", "listen_addresses="),
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        server = self._server
-        ready = [str(self._programs / "pg_isready"), "-q", "-h", str(self._private)]
-        wait_for(
-            lambda: server.poll() is not None or subprocess.run(ready, check=False).returncode == 0,
-            f"{self.name} answers; see {log}",
-        )
-        if server.poll() is not None:
-            lines = log.read_text(errors="replace").splitlines()
-            raise MirrorfsError("\n  ".join([f"{self.name} has ended at once; the end of its log:", *lines[-10:]]))
+        self._server = self._on(host)
+        self._server.start()
 
     def stop(self) -> None:
         """Its fast shutdown."""
         server, self._server = self._server, None
-        if server is None:
-            return
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(_STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            raise MirrorfsError(f"{self.name} does not end within {_STOP_DEADLINE_S} s") from None
+        if server is not None:
+            server.stop()
 
     def died(self) -> None:
         """Reap it."""
         server, self._server = self._server, None
         if server is not None:
-            server.wait()
+            server.died()
 
     def client(self, host: Host) -> list[str]:
         """psql, with one connection."""
-        options = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", _USER, "-d", "postgres"]
-        return [str(self._programs / "psql"), *options, "-h", str(self._private)]
+        return [str(self._programs / "psql"), *_PSQL_OPTIONS, "-h", str(self._private)]
 
     def statement(self, number: int) -> str:
         """psql prints what is returned once the commit is acknowledged, since the statement is a transaction by itself."""
@@ -202,14 +152,11 @@ class Postgresql(Database):
         """Ask the server."""
         return {int(line) for line in self._psql(host, "select n from noted").split()}
 
-    def _cluster(self, host: Host) -> Path:
-        return host.mount / "postgresql"
+    def _on(self, host: Host) -> Server:
+        return Server(self._programs, host.mount / "postgresql", self._private, host.network.entering(host.name))
 
     def _psql(self, host: Host, command: str) -> str:
-        done = host.run(*self.client(host), "-c", command, cwd="/", capture_output=True, text=True)
-        if done.returncode:
-            raise MirrorfsError(f"psql failed on {command!r}: {done.stderr.strip()}")
-        return str(done.stdout)
+        return self._on(host).client("psql", *_PSQL_OPTIONS, "-c", command)
 
 
 class Writer:
@@ -259,8 +206,3 @@ class Writer:
                 if client.stdout.readline() != f"{number}\n":
                     break
                 self._database.noted.append(number)
-
-
-def as_postgres(*command: str) -> list[str]:
-    """A command as the user of PostgreSQL."""
-    return ["setpriv", f"--reuid={_USER}", f"--regid={_USER}", "--init-groups", "--", *command]

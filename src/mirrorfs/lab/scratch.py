@@ -35,4 +35,7 @@ def place(given: Path | None) -> Iterator[Path]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    # Once: a second one (timeout(1) sends two) would break the cleaning off.
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
