@@ -377,6 +377,23 @@ async def room_runs_out_in_the_middle_of_a_fallocate(world: World) -> None:
     await pair.quiet()
 
 
+async def a_write_fails_here_that_the_other_node_was_told_of(world: World) -> None:
+    """The disk fills up between two looks at its room: the other node has the write, and gives it up again."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.file(b"x", b"one", sectors=4)
+    if not await application.write(application.find(b"x", b"one"), 0, 1):
+        world.blame("a write failed without need")
+    pair.a.data.capacity_blocks = pair.a.data.used_blocks
+    if await application.write(application.find(b"x", b"one"), 4, 64):
+        world.blame("a write was acknowledged for which there was no room")
+    if pair.is_mirrored:
+        world.blame("the other node had not been told, or counts although it has more")
+    pair.a.data.capacity_blocks = None
+    await pair.make_whole()
+    await pair.quiet()
+
+
 async def a_copy_is_made_only_of_what_the_other_node_has(world: World) -> None:
     """Not while it is brought over, and not from a file that has lost its name: there the kernel reads and writes. One sector
     at a time, which is copied in one piece."""
@@ -434,6 +451,7 @@ SCENARIOS: Final[dict[str, Story]] = {
         a_standby_leads_before_it_hears_that_a_checkpoint_is_complete,
         a_hole_is_made_by_half_when_the_disk_fails,
         room_runs_out_in_the_middle_of_a_fallocate,
+        a_write_fails_here_that_the_other_node_was_told_of,
         a_copy_is_made_only_of_what_the_other_node_has,
     )
 }
