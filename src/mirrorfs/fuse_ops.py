@@ -110,8 +110,7 @@ class FuseOperations(pyfuse3.Operations):
         return entry
 
     def _named(self, known: Known, place: tuple[int, bytes], status: os.stat_result) -> None:
-        if place not in known.names:
-            known.names.append(place)
+        known.add_name(*place)
         known.special = bool(status.st_mode & (stat.S_ISUID | stat.S_ISGID))
 
     def _numbered(self, what: Handle) -> int:

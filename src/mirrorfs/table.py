@@ -15,7 +15,8 @@ import os
 import resource
 import stat
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from mirrorfs import backing
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 _CLOSE_AT_ONCE: Final = 64
 #: The newest descriptors may have been handed out just now; no step uses more at once.
 _IN_HAND: Final = 8
+#: One object for each type of file.
+_KINDS: Final = {kind: kind for kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)}
 
 
 class Known:
@@ -32,8 +35,8 @@ class Known:
     `lookups` counts what the kernel was told and has not forgotten, `opens` the open handles and running syncs, `kept` those
     who only need that it stays known; `pinned` is the era in which the peer may name it, `gone` says that it has no name.
     `version` grows with every change of the data, `synced` is the version that is on stable storage. `used` says when a
-    descriptor was last handed out, in uses of the table. `names` are the directory entries that the kernel may have cached;
-    `special` says that a write by an ordinary user must clear setuid or setgid.
+    descriptor was last handed out, in uses of the table. `special` says that a write by an ordinary user must clear setuid or
+    setgid.
     """
 
     __slots__ = (
@@ -44,10 +47,10 @@ class Known:
         "kept",
         "kind",
         "lookups",
-        "names",
         "opens",
         "path",
         "pinned",
+        "places",
         "retired",
         "special",
         "synced",
@@ -57,7 +60,7 @@ class Known:
 
     def __init__(self, number: int, kind: int) -> None:
         self.id = number
-        self.kind = kind
+        self.kind = _KINDS.get(kind, kind)
         self.path = -1
         self.data = -1
         self.handle = b""
@@ -66,12 +69,36 @@ class Known:
         self.kept = 0
         self.version = 0
         self.synced = 0
-        self.names: list[tuple[int, bytes]] = []
+        self.places: tuple[Any, ...] = ()  # parent, name, parent, name, and so on: a million files are known so
         self.gone = False
         self.special = False
         self.pinned = 0
-        self.retired: list[int] = []
+        self.retired: Sequence[int] = ()
         self.used = 0
+
+    @property
+    def names(self) -> list[tuple[int, bytes]]:
+        """Directory entries that the kernel may have cached, the newest last: parent and name."""
+        return list(zip(self.places[::2], self.places[1::2], strict=True))
+
+    def has_name(self, parent: int, name: bytes) -> bool:
+        """Whether it is one of them."""
+        places = self.places
+        if len(places) == 2:
+            return bool(places[1] == name and places[0] == parent)
+        return (parent, name) in self.names
+
+    def add_name(self, parent: int, name: bytes, *, oldest: bool = False) -> None:
+        """One more of them, unless it is known."""
+        if not self.has_name(parent, name):
+            self.places = (parent, name, *self.places) if oldest else (*self.places, parent, name)
+
+    def drop_name(self, parent: int, name: bytes) -> bool:
+        """It is none of them any more; False if it was none."""
+        if not self.has_name(parent, name):
+            return False
+        self.places = tuple(part for place in self.names if place != (parent, name) for part in place)
+        return True
 
     @property
     def is_directory(self) -> bool:
@@ -178,7 +205,7 @@ class Table:
         self._paths.pop(number, None)
         self._idle.pop(number, None)
         # A worker thread may be reading from them: while the file is open they are not closed, so their numbers stay taken.
-        known.retired += [descriptor for descriptor in (known.path, known.data) if descriptor >= 0]
+        known.retired = [*known.retired, *(descriptor for descriptor in (known.path, known.data) if descriptor >= 0)]
         if known.opens == 0:
             self._close_retired(known)
         known.path = known.data = -1
@@ -187,8 +214,9 @@ class Table:
         known.synced = known.version
 
     def _close_retired(self, known: Known) -> None:
-        while known.retired:
-            os.close(known.retired.pop())
+        retired, known.retired = known.retired, ()
+        for descriptor in retired:
+            os.close(descriptor)
 
     def descriptor(self, known: Known) -> int:
         """A descriptor that names the file (O_PATH or better)."""
@@ -262,7 +290,7 @@ class Table:
         known.lookups = max(known.lookups - lookups, 0)
         if known.lookups:
             return
-        known.names.clear()
+        known.places = ()
         self.drop_unused(known)
         real = self._aliases.pop(known.id, None)
         if real is not None:
@@ -362,6 +390,7 @@ class Table:
                 continue
             os.close(known.path)
             known.path = -1
+            known.used = 0
 
     def _remember(self, known: Known) -> bool:
         """Know how to open the file again; False if that cannot be found out, and then its descriptor must stay."""

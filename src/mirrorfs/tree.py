@@ -405,8 +405,7 @@ class Tree:
         return self._lost_name(victim, change.parent, change.name)
 
     def _lost_name(self, victim: Known, parent: int, name: bytes) -> Known:
-        with suppress(ValueError):
-            victim.names.remove((parent, name))
+        victim.drop_name(parent, name)
         victim.gone = victim.is_directory or self.stat(victim).st_nlink == 0
         self.table.drop_unused(victim)
         return victim
@@ -426,17 +425,15 @@ class Tree:
         if replaced is moved and not change.flags:
             return None  # two names of one file: rename(2) does nothing
         was, now = (change.parent, change.name), (change.new_parent, change.new_name)
-        if was in moved.names:
-            moved.names.remove(was)
-            moved.names.append(now)
+        if moved.drop_name(*was):
+            moved.add_name(*now)
         self.table.drop_unused(moved)
         if replaced is None:
             return None
         if not change.flags & ops.RENAME_EXCHANGE:
             return self._lost_name(replaced, *now)
-        if now in replaced.names:
-            replaced.names.remove(now)
-            replaced.names.append(was)
+        if replaced.drop_name(*now):
+            replaced.add_name(*was)
         self.table.drop_unused(replaced)
         return None
 

@@ -73,3 +73,17 @@ def test_what_is_in_hand_stays_open_however_many_cannot_be_closed(table: Table, 
         table.descriptor(other)
     (tmp_path / "60").unlink()
     assert os.fstat(table.descriptor(replaced)).st_nlink == 0
+
+
+def test_names_come_and_go_and_the_newest_is_the_last() -> None:
+    known = Known(5, stat.S_IFREG)
+    for name in (b"one", b"two", b"one"):
+        known.add_name(1, name)
+    known.add_name(2, b"one")
+    known.add_name(1, b"zero", oldest=True)
+    assert known.names == [(1, b"zero"), (1, b"one"), (1, b"two"), (2, b"one")]
+    assert not known.drop_name(3, b"one")
+    assert known.drop_name(1, b"one")
+    assert known.names == [(1, b"zero"), (1, b"two"), (2, b"one")]
+    assert known.has_name(2, b"one")
+    assert not known.has_name(1, b"one")

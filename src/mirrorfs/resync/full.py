@@ -136,8 +136,8 @@ class Copier(Sender):
         regular, directory = stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode)
         if parent:
             self._note_unsettled(parent)
-            if known.lookups and (parent, name) not in known.names:
-                known.names.insert(0, (parent, name))  # one more way to introduce it later
+            if known.lookups:
+                known.add_name(parent, name, oldest=True)  # one more way to introduce it later
         if not first:
             return
         self.introduced.add(known.id)
