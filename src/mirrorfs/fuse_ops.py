@@ -362,7 +362,10 @@ class FuseOperations(pyfuse3.Operations):
     async def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
         """fallocate(2). This and the next two are the kernel session's: pyfuse3 has none of them."""
         handle = self._files[fh]
-        await self._primary(handle).change(ops.Allocate(handle.known.id, mode, offset, size), handle.known)
+        primary = self._primary(handle)
+        await primary.change(ops.Allocate(handle.known.id, mode, offset, size), handle.known)
+        if handle.sync:
+            await primary.sync(handle.known, handle.data_sync)
 
     async def lseek(self, fh: int, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; the kernel does the others by itself."""
@@ -373,8 +376,11 @@ class FuseOperations(pyfuse3.Operations):
     async def copy_file_range(self, source_fh: int, source_offset: int, fh: int, offset: int, size: int) -> int:
         """copy_file_range(2): returns the bytes that were copied, which may be fewer than asked for."""
         source, handle = self._files[source_fh], self._files[fh]
+        primary = self._primary(handle)
         change = ops.CopyRange(source.known.id, source_offset, handle.known.id, offset, size)
-        copied: int = await self._primary(handle).change(change, handle.known)
+        copied: int = await primary.change(change, handle.known)
+        if handle.sync:
+            await primary.sync(handle.known, handle.data_sync)
         return copied
 
     @answered

@@ -72,6 +72,8 @@ class Standby:
         self.tree = tree
         self.target = target
         self.applied = 0
+        self._told = 0  # how far the primary knows that this node has come
+        self._silent = 0  # and that far it hears of it with the results of syncs
         self.bytes_copied = 0
         self._bytes_written_back = 0
         self._writing_back = trio.Lock()
@@ -108,6 +110,8 @@ class Standby:
         try:
             if isinstance(operation, ops.Sync):
                 self._start_flush(operation, frame.sequence)
+                if self.applied in (self._told, self._silent):
+                    self._silent = frame.sequence
             else:
                 self._apply(operation)
         except (OSError, contents.PartialChangeError) as error:
@@ -196,7 +200,13 @@ class Standby:
             self.target.wanted.clear()
         elif self.target is not None:
             self._tell_files(Kind.KEPT, self.target.kept)
-        self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
+        if self.applied not in (self._told, self._silent):
+            self._told = self.applied
+            self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
+
+    def _tell_flushed(self, sequence: int) -> None:
+        self._told = self.applied
+        self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, self.applied, self._reign)))
 
     async def _save_activity(self) -> None:
         """Nobody waits for it: what stands on disk until then says more than need be."""
@@ -251,7 +261,7 @@ class Standby:
             if code < 0:
                 self._nursery.start_soon(self.sync_failed, OSError(-code, os.strerror(-code)))
             elif not self.failure:
-                self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
+                self._tell_flushed(sequence)
 
         if self._syncs.begin(descriptor, operation.data_only, ended):
             return
@@ -278,7 +288,7 @@ class Standby:
             return
         if checkpoint:
             await self._activity.synced(checkpoint, self._keeper.record.volume_id)
-        self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, offset=self._reign)))
+        self._tell_flushed(sequence)
 
     async def _write_back(self) -> None:
         async with self._writing_back:

@@ -127,6 +127,7 @@ class Stream:
             case Kind.ACK:
                 self.on_ack(frame.sequence)
             case Kind.FLUSHED:
+                self.on_ack(max(frame.file, self.acknowledged))
                 self.on_flushed(frame.sequence)
             case Kind.ANSWER:
                 self.on_answer(frame)
