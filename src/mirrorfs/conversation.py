@@ -95,7 +95,8 @@ class Conversation:
         node = self._node
         if node.standby is not None:
             return node.standby.take_now(frame)
-        return node.primary is not None and node.primary.on_frame(frame)
+        # Answers are kept for those who wait for them.
+        return node.primary is not None and node.primary.on_frame(frame.owned() if frame.payload else frame)
 
     def _served(self) -> None:
         """All frames that came together are taken in."""
