@@ -37,6 +37,8 @@ from mirrorfs.tree import Tree
 log = logging.getLogger(__name__)
 #: Changes wait while more than this is on its way to a node that is being brought in sync.
 _MAX_QUEUED_BYTES: Final = 32 << 20
+#: What a file system answers that has gone down, or whose disk has.
+_BAD_DISK: Final = frozenset((errno.EIO, errno.EROFS, errno.EUCLEAN, errno.ESHUTDOWN, errno.ENXIO, errno.ENODEV, errno.EBADMSG))
 
 
 class Changes:
@@ -157,6 +159,10 @@ class Changes:
     def _not_made(self, error: OSError) -> None:
         """The peer was told of a change that could not be made here, and that is marked: it is brought to the same tree again.
         Who asked for it hears of the failure once the peer is out of the in-sync set."""
+        self._foresight.was_wrong()
+        if error.errno in _BAD_DISK:
+            self.disk_failed(error)  # the other node has everything: it takes over
+            return
         assert self.stream is not None
         self.stream.link.close(f"a change that the other node was told of failed here: {error.strerror}")
 
@@ -208,6 +214,8 @@ class Changes:
                 return None, sent, error
             self._note_failed(change, error, old_size, local)
             raise
+        if isinstance(change, ops.Allocate | ops.CopyRange):
+            self._foresight.look_again()
         if not sent:
             change = made
         elif made is not change:
@@ -261,6 +269,8 @@ class Changes:
             if sequence:
                 assert stream is not None
                 await stream.flushed(sequence)
+            if self.disk_is_bad:  # the kernel tells one of several that wait for the same file
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
         except OSError as error:
             self.disk_failed(error)
             raise
@@ -330,7 +340,6 @@ class Changes:
                 if await stream.applied(sequence, answers=True):
                     return
                 if self.mode is Mode.MIRRORED:
-                    await in_task()
                     await self._wait_for_change()
             elif self.mode is Mode.ALONE:
                 if not self.keeper.wrote_alone:
@@ -341,11 +350,11 @@ class Changes:
             elif self.mode is Mode.ENDED:
                 raise NotPrimaryError("this node is not the primary any more")
             else:
-                await in_task()
                 await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
-        changed = self._changed
+        changed = self._changed  # of this moment, and not of that at which the task begins
+        await in_task()
         with trio.move_on_at(self._frozen_at + self._settings.freeze_timeout_s if self._frozen_at < math.inf else math.inf):
             await changed.wait()
             return

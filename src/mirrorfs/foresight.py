@@ -1,7 +1,7 @@
 """Which changes are sure enough to succeed here that the peer is told of them before they are made: it makes them meanwhile.
 
-A wrong guess costs the peer a resync and nothing else (`Changes._not_made`), so this refuses whatever an application could
-bring about at will: a full disk, a name that is taken, a limit.
+A wrong guess costs the peer a resync (`Changes._not_made`), so this refuses whatever an application could bring about at will:
+a full disk, a name that is taken, a limit; and after a wrong guess everything, for a while.
 """
 
 import os
@@ -18,6 +18,8 @@ from mirrorfs.tree import Tree
 _AMPLE_BYTES: Final = 256 << 20
 _AMPLE_FILES: Final = 10_000
 _LOOK_S: Final = 0.1
+_FIRST_REFUSAL_S: Final = 60.0
+_LONGEST_REFUSAL_S: Final = 24 * 3600.0
 _NAME_MAX: Final = 255
 #: Below the largest file of ext4 with blocks of 1 KiB.
 _FILE_MAX: Final = 1 << 33
@@ -30,10 +32,24 @@ class Foresight:
         self._tree = tree
         self._look_at = float("-inf")
         self._is_ample = False
+        self._refuses_until = float("-inf")
+        self._refuses_for_s = _FIRST_REFUSAL_S
+
+    def was_wrong(self) -> None:
+        """A change that it was sure of has failed: it is sure of none for a while, the longer the more often. So what it does
+        not know of, a quota say, costs a resync and not one for each write."""
+        self._refuses_until = trio.current_time() + self._refuses_for_s
+        self._refuses_for_s = min(2 * self._refuses_for_s, _LONGEST_REFUSAL_S)
+
+    def look_again(self) -> None:
+        """Much of the room may be taken."""
+        self._look_at = float("-inf")
 
     def has_room(self) -> bool:
         """Whether the disk is far from full."""
         now = trio.current_time()
+        if now < self._refuses_until:
+            return False
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             room = self._tree.statvfs()
@@ -47,19 +63,23 @@ class Foresight:
 
     def will_succeed(self, change: ops.Change) -> bool:
         """Whether a change is; False if that is not known."""
+        if not self.has_room():
+            return False
         match change:
             case ops.Write():
                 return self.may_write(change.offset, len(change.data))
-            case ops.MakeNode() | ops.Symlink():
-                return self.has_room() and self._kind(change.parent, change.name) == 0
+            case ops.MakeNode():
+                return self._kind(change.parent, change.name) == 0
+            case ops.Symlink():
+                return len(change.target) <= _NAME_MAX and self._kind(change.parent, change.name) == 0
             case ops.Unlink():
                 return self._is_file(change.parent, change.name)
             case ops.Rename():
                 return (
                     not change.flags
-                    and self.has_room()
+                    and change.parent == change.new_parent
                     and self._is_file(change.parent, change.name)
-                    and self._kind(change.new_parent, change.new_name) == 0
+                    and self._kind(change.parent, change.new_name) == 0
                 )
             case _:
                 return False

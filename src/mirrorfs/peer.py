@@ -121,6 +121,7 @@ class Link:
         while True:
             if frames := self._sort(await self._read()):
                 return frames
+            await trio.lowlevel.checkpoint()  # others run, however much there is to serve
 
     def _sort(self, count: int) -> list[Frame]:
         """Serve what so many bytes, just read, complete; returns what is left to do, in its order."""
@@ -158,6 +159,8 @@ class Link:
         if self._arrived.is_set():
             return  # the order: what is left is taken in first
         try:
+            if self.failure is not None:
+                raise self.failure  # what is still in the socket does not count any more
             count = self._socket.recv_into(self._decoder.space())
             if not count:
                 raise self._ended()

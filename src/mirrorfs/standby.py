@@ -259,6 +259,8 @@ class Standby:
         def ended(code: int) -> None:
             done()
             if code < 0:
+                # At once: of several syncs of a file that end together, the kernel lets one fail.
+                self.failure = f"a sync failed here: {os.strerror(-code)}"
                 self._nursery.start_soon(self.sync_failed, OSError(-code, os.strerror(-code)))
             elif not self.failure:
                 self._tell_flushed(sequence)

@@ -92,12 +92,14 @@ class Stream:
         try:
             await flush.wait()
         finally:
-            del self._flushes[sequence]
+            self.forget_flush(sequence)
         return flush.succeeded
 
     def forget_flush(self, sequence: int) -> None:
-        """Nobody waits for this sync any more."""
-        self._flushes.pop(sequence, None)
+        """Nobody waits for its result any more, unless to see everything drained."""
+        flush = self._flushes.pop(sequence, None)
+        if flush is not None:
+            flush.end(succeeded=False)
 
     def ask(self, question: ops.Question) -> int:
         """Send a question, whose answer `answer` will wait for."""

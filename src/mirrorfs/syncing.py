@@ -126,7 +126,10 @@ class KernelSyncs:
             count = _libc.syscall(self._getevents, self._context, 0, _AT_ONCE, self._events, None)
             for index in range(max(count, 0)):
                 number, _, code, _ = _EVENT.unpack_from(self._events, index * _EVENT.size)
-                self._waiting.pop(number)(code)
+                try:
+                    self._waiting.pop(number)(code)
+                except Exception:
+                    log.exception("a defect in what waits for a sync")
             if count < _AT_ONCE:
                 return
 

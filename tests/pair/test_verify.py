@@ -45,7 +45,8 @@ _FIBMAP = 1
 def _verify(host: Host, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON of `mirrorfs verify`."""
     done = mirrorfs(host, "verify", "--json", _FAST, *arguments)
-    assert done.returncode in (0, 1) and done.stdout, done.stderr
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 

@@ -242,6 +242,7 @@ class SimulatedLink:
             if left:
                 return left
             self._served()
+            await trio.lowlevel.checkpoint()
 
     async def _read(self) -> bytes:
         if self.failure is not None:

@@ -156,6 +156,7 @@ class KernelSession:
             # Both say that the mount is ending.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 log.error("/dev/fuse: an answer was refused: %s", error.strerror)
+                self._refuse(unique, errno.EIO)
 
     def _refuse(self, unique: int, number: int) -> None:
         try:

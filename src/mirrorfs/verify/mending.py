@@ -94,12 +94,17 @@ class Mending:
             finally:
                 os.close(descriptor)
         writes = 0
-        for first, last in _pieces(ranges):
-            writes += await self._write(place, first, last)
-        writes += await self._attributes(place, own, good, wrote=bool(writes))
-        if (writes or own[4] != good[4]) and known.version == version + writes:
-            await self._change(place, ops.SetAttributes(known.id, mtime_ns=good[4]), lambda: known.version == version + writes)
-        await self._invalidate([known])
+        try:
+            for first, last in _pieces(ranges):
+                writes += await self._write(place, first, last)
+            writes += await self._attributes(place, own, good, wrote=bool(writes))
+            if (writes or own[4] != good[4]) and known.version == version + writes:
+                await self._change(
+                    place, ops.SetAttributes(known.id, mtime_ns=good[4]), lambda: known.version == version + writes
+                )
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._invalidate([known])  # also if it was broken off: nothing else drops the bad pages
 
     async def _write(self, place: Place, first: int, last: int) -> int:
         """Write the standby's bytes where this node still has the bad ones; returns how many writes that took."""

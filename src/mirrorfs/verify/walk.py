@@ -93,6 +93,7 @@ class Walk:
         self.asking = asking
         self.tree = asking.tree
         self.files_done = self.bytes_done = 0
+        self._new_from = asking.primary.keeper.next_id()
         self._own = own
         self._peer = peer
         self._rate_bytes_per_s = rate_bytes_per_s
@@ -176,6 +177,9 @@ class Walk:
 
     async def _some(self, level: _Level, names: list[bytes]) -> None:
         """Look at some names of a directory: both nodes are asked once for all of them, and once for all small files."""
+        names = [name for name in names if not self._is_new(level.directory, name)]
+        if not names:
+            return
         try:
             looked = await self.asking.look(level.directory, names)
         except OSError as error:
@@ -199,6 +203,17 @@ class Walk:
                 place.known.kept -= 1
                 self.tree.table.drop_unused(place.known)
         await self._pace(_NAME_COST * len(names))
+
+    def _is_new(self, directory: Known, name: bytes) -> bool:
+        """Whether that was made since the walk began. It is left to the next one: an application that makes files faster
+        than they are compared would keep this one from its end."""
+        if directory.gone:
+            return False
+        try:
+            number, _ = self.tree.peek(directory, name)
+        except OSError:
+            return False
+        return number is not None and number >= self._new_from
 
     async def _one_by_one(self, level: _Level, names: list[bytes], error: OSError) -> None:
         """One of these names cannot be looked at: the others can."""
