@@ -27,7 +27,7 @@ DURABLE_KINDS = ("append-fsync", "append-dsync", "overwrite-fdatasync", "overwri
 def mirrorfs(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `mirrorfs ARGUMENTS` for the host's node."""
     command = [sys.executable, "-m", "mirrorfs", *arguments, "--config", str(host.config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/", check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/", check=False)
 
 
 def state(host: Host) -> str:

@@ -133,7 +133,7 @@ def test_an_equal_pair_is_found_equal_again_and_again_while_it_is_written_to(lab
     _write(lab.one, "quiet", 3 << 20)
     load = start_load(lab.one.mount)
     load.wait_noted(50)
-    for _ in range(4):
+    for _ in range(3):
         load.wait_noted(10)
         returned, found = _verify(lab.one)
         assert (returned, found["differences"]) == (0, [])
