@@ -150,6 +150,7 @@ class Disk:
         self.capacity_blocks: int | None = None
         self.fails_to_sync = False
         self.fails_to_punch = False
+        self.fails_to_write = False
         self.delay_s = 0.0
 
     # ---- changes
@@ -172,6 +173,8 @@ class Disk:
 
     def write(self, serial: int, offset: int, data: bytes, now: int) -> int:
         """Write; returns how many bytes found room, ENOSPC if none did."""
+        if self.fails_to_write:
+            raise failure(errno.EIO)
         inode = self.now.inodes[serial]
         written = 0
         while written < len(data):

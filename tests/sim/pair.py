@@ -184,7 +184,7 @@ class Pair:
             machine.traps.clear()
             machine.data.capacity_blocks = None
             machine.data.delay_s = 0.0
-            machine.data.fails_to_sync = machine.data.fails_to_punch = False
+            machine.data.fails_to_sync = machine.data.fails_to_punch = machine.data.fails_to_write = False
 
     @property
     def is_split(self) -> bool:

@@ -394,6 +394,19 @@ async def a_write_fails_here_that_the_other_node_was_told_of(world: World) -> No
     await pair.quiet()
 
 
+async def the_disk_of_the_primary_fails_in_a_write(world: World) -> None:
+    """The other node, which was told of the write, has everything: it takes over by itself."""
+    pair = Pair(world)
+    application = await pair.furnished()
+    await application.file(b"x", b"one", sectors=4)
+    pair.a.data.fails_to_write = True
+    if await application.write(application.find(b"x", b"one"), 0, 1):
+        world.blame("a write was acknowledged that failed here")
+    await pair.until(lambda: pair.b.node is not None and pair.b.node.primary is not None, "the other node to take over")
+    await pair.make_whole()
+    await pair.quiet()
+
+
 async def a_copy_is_made_only_of_what_the_other_node_has(world: World) -> None:
     """Not while it is brought over, and not from a file that has lost its name: there the kernel reads and writes. One sector
     at a time, which is copied in one piece."""
@@ -452,6 +465,7 @@ SCENARIOS: Final[dict[str, Story]] = {
         a_hole_is_made_by_half_when_the_disk_fails,
         room_runs_out_in_the_middle_of_a_fallocate,
         a_write_fails_here_that_the_other_node_was_told_of,
+        the_disk_of_the_primary_fails_in_a_write,
         a_copy_is_made_only_of_what_the_other_node_has,
     )
 }
