@@ -66,9 +66,14 @@ class Marking:
         return self._name_of(change.file) if isinstance(change, ops.Link) else None
 
     def _name_of(self, number: int) -> tuple[int, bytes] | None:
-        """A directory entry that leads to a file, as far as the kernel knows."""
-        known = self._tree.table.find(number)
-        return known.names[-1] if known is not None and known.names else None
+        """A directory entry that leads to a file, as far as the kernel knows: the newest in a directory that is still known, which
+        those need not be that the kernel has dropped from its cache."""
+        table = self._tree.table
+        known = table.find(number)
+        if known is None or not known.places:
+            return None
+        names = known.names
+        return next((place for place in reversed(names) if table.find(place[0]) is not None), names[-1])
 
     def _located(self, marks: list[Mark], change: ops.Change | None = None) -> list[Entry]:
         """How the files of these marks can be found again after a restart; what the change is about to make has no handle."""
