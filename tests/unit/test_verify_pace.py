@@ -12,7 +12,8 @@ from mirrorfs.verify.walk import Difference, Walk
 
 
 def _walk(rate_bytes_per_s: float) -> Any:
-    asking = cast(Asking, SimpleNamespace(tree=None, primary=SimpleNamespace(keeper=SimpleNamespace(next_id=lambda: 2))))
+    primary = SimpleNamespace(keeper=SimpleNamespace(next_id=lambda: 2))
+    asking = cast(Asking, SimpleNamespace(tree=None, primary=primary))
     return Walk(asking, "one", "two", rate_bytes_per_s=rate_bytes_per_s, found=lambda difference: None)
 
 
