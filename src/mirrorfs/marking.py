@@ -66,8 +66,8 @@ class Marking:
         return self._name_of(change.file) if isinstance(change, ops.Link) else None
 
     def _name_of(self, number: int) -> tuple[int, bytes] | None:
-        """A directory entry that leads to a file, as far as the kernel knows: the newest in a directory that is still known, which
-        those need not be that the kernel has dropped from its cache."""
+        """A directory entry that leads to a file, as far as the kernel knows: the newest in a directory that is still known. One
+        whose entry the kernel has dropped from its cache need not be."""
         table = self._tree.table
         known = table.find(number)
         if known is None or not known.places:
