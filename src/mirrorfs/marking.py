@@ -66,8 +66,10 @@ class Marking:
         return self._name_of(change.file) if isinstance(change, ops.Link) else None
 
     def _name_of(self, number: int) -> tuple[int, bytes] | None:
-        """A directory entry that leads to a file, as far as the kernel knows: the newest in a directory that is still known. One
-        whose entry the kernel has dropped from its cache need not be."""
+        """A directory entry that leads to a file, as far as the kernel knows: the newest in a directory that is still known.
+
+        A directory need not be, once the kernel has dropped the file's entry in it from its cache.
+        """
         table = self._tree.table
         known = table.find(number)
         if known is None or not known.places:
