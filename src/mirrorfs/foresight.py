@@ -4,7 +4,6 @@ A wrong guess costs the peer a resync (`Changes._not_made`), so this refuses wha
 a full disk, a name that is taken, a limit; and after a wrong guess everything, for a while.
 """
 
-import os
 import stat
 from typing import Final
 
@@ -72,6 +71,9 @@ class Foresight:
                 return self._kind(change.parent, change.name) == 0
             case ops.Symlink():
                 return len(change.target) <= _NAME_MAX and self._kind(change.parent, change.name) == 0
+            case ops.SetAttributes():
+                # Of owners there may be quotas, and a size takes or gives room.
+                return change.size is None and change.uid is None and change.gid is None and self._is_there(change.file)
             case ops.Unlink():
                 return self._is_file(change.parent, change.name)
             case ops.Rename():
@@ -84,6 +86,10 @@ class Foresight:
             case _:
                 return False
 
+    def _is_there(self, number: int) -> bool:
+        known = self._tree.table.find(number)
+        return known is not None and not known.gone and self._tree.stat(known).st_nlink > 0
+
     def _is_file(self, parent: int, name: bytes) -> bool:
         return self._kind(parent, name) not in (None, 0, stat.S_IFDIR)
 
@@ -95,9 +101,7 @@ class Foresight:
         if parent == ids.ROOT and name in (b".", b".."):
             return None
         try:
-            status = os.stat(name, dir_fd=self._tree.table.descriptor(directory), follow_symlinks=False)
-        except FileNotFoundError:
-            return 0
+            status = self._tree.glance(parent, name)
         except OSError:
             return None
-        return stat.S_IFMT(status.st_mode)
+        return 0 if status is None else stat.S_IFMT(status.st_mode)

@@ -233,7 +233,15 @@ class FuseOperations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        if change == ops.SetAttributes(known.id):
+        told = (
+            fields.update_mode,
+            fields.update_uid,
+            fields.update_gid,
+            fields.update_size,
+            fields.update_atime,
+            fields.update_mtime,
+        )
+        if mode is None and not any(told):
             # Nothing but "kill the special bits": chown(2) with -1 and -1, which clears them as any chown does.
             status = self._tree.stat(known)
             change = ops.SetAttributes(known.id, uid=status.st_uid, gid=status.st_gid)

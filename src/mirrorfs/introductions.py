@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
@@ -77,8 +78,11 @@ class Introductions:
     def _if_linked(self, parent: int, name: bytes) -> None:
         """A file that loses one of several names may have no other that this node could introduce it by later."""
         try:
+            status = self._tree.glance(parent, name)
+            if status is None or stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
+                return
             known = self._tree.lookup(parent, name)
         except OSError:
             return
-        if not known.is_directory and self._tree.stat(known).st_nlink > 1 and known.names:
+        if known.names:
             self.introduce(known.id)

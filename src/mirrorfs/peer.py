@@ -40,6 +40,9 @@ class Link:
         self, connection: socket.socket, decoder: wire.Decoder, *, ack_timeout_s: float, stall_timeout_s: float
     ) -> None:
         self._socket = connection
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            # Trio's streams, which greeted on it, leave a limit of 16 KiB behind: a large write would go in pieces.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
         self._decoder = decoder
         self._early = True  # frames may have come in one piece with the greeting
         self._listening = False
@@ -385,10 +388,14 @@ async def listen(
             strangers -= 1
             connection.close()
 
-    async with trio.open_nursery() as nursery:
-        task_status.started()
+    try:
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            for listener in listeners:
+                nursery.start_soon(_accept, listener, serve, nursery)
+    finally:
         for listener in listeners:
-            nursery.start_soon(_accept, listener, serve, nursery)
+            listener.socket.close()
 
 
 async def _accept(

@@ -1,6 +1,6 @@
 """One task of trio that serves what must not wait for trio: /dev/fuse, the peer's connection, finished syncs.
 
-It waits for all of them with one epoll. While there is work it takes turns with trio: a turn of half a millisecond, then
+It waits for all of them with one epoll. While there is work it takes turns with trio: a turn of a millisecond, then
 whatever else is due. When it has run out of work it looks again for a short while before it sleeps, since a processor that
 has gone idle needs longer to wake up than a peer to answer; for each second so spent in vain it must have worked three.
 """
@@ -17,7 +17,7 @@ import trio
 from mirrorfs.strand import Strands
 
 #: One turn, in seconds, before trio's own tasks are run; and if one of them has become ready to run meanwhile.
-_TURN_S: Final = 0.0005
+_TURN_S: Final = 0.001
 _SHORT_TURN_S: Final = 0.0002
 #: So long it looks again before it sleeps, and so much of that may be saved up.
 _LOOK_S: Final = 0.0003
@@ -141,3 +141,5 @@ class Reactor:
             elif now - worked > _LOOK_S:
                 self._credit_s -= now - worked
                 return False
+            else:
+                os.sched_yield()  # who is waited for may need this very processor

@@ -247,6 +247,10 @@ class Table:
         """A path that leads to the file itself, symbolic links included, for calls that take no descriptor."""
         return f"/proc/self/fd/{self.descriptor(known)}"
 
+    def attributes(self, known: Known) -> int | str:
+        """What leads calls about attributes to the file: its read-write descriptor, the quicker way, or a path."""
+        return known.data if known.data >= 0 else self.proc(known)
+
     def data(self, known: Known) -> int:
         """A read-write descriptor of a regular file."""
         if known.data < 0:

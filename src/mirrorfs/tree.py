@@ -12,7 +12,6 @@ import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Final
 
 from mirrorfs import backing, contents, notes, search
@@ -130,6 +129,13 @@ class Tree:
             os.close(descriptor)
             raise
         return self.table.add(number, stat.S_IFMT(status.st_mode), descriptor)
+
+    def glance(self, parent: int, name: bytes) -> os.stat_result | None:
+        """The status of what stands under a name, None if nothing does; ESTALE for an unknown directory."""
+        directory = self.table.get(parent)
+        with suppress(FileNotFoundError):
+            return os.stat(name, dir_fd=self.table.descriptor(directory), follow_symlinks=False)
+        return None
 
     def peek(self, directory: Known, name: bytes) -> tuple[int | None, os.stat_result]:
         """The id in the file of that name, None if it has none that counts, and its status; nothing is known by it."""
@@ -276,11 +282,11 @@ class Tree:
         """The value of an extended attribute; ENODATA if there is none."""
         if os.fsdecode(name) in _OWN_XATTRS:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        return os.getxattr(self.table.proc(known), name)
+        return os.getxattr(self.table.attributes(known), name)
 
     def xattrs(self, known: Known) -> list[bytes]:
         """The names of its extended attributes, without our own."""
-        return self.foreign(os.listxattr(self.table.proc(known)))
+        return self.foreign(os.listxattr(self.table.attributes(known)))
 
     @staticmethod
     def foreign(names: list[str]) -> list[bytes]:
@@ -341,11 +347,12 @@ class Tree:
                 os.mknod(change.name, kind | permissions, change.rdev, dir_fd=directory)
             descriptor = self._open_made(change.name, directory, kind)
         try:
-            status = self._own(descriptor, change.file, change.uid, change.gid)
+            made = descriptor if kind == stat.S_IFREG else _path(descriptor)
+            status = self._own(made, os.fstat(descriptor), change)
             special = stat.S_IMODE(change.mode) & 0o7000
             if status.st_mode & 0o7000 != special or (change.uid, change.gid) != (status.st_uid, status.st_gid):
                 # After the chown, which clears them; the permissions are what a default ACL made of them.
-                os.chmod(_path(descriptor), stat.S_IMODE(status.st_mode) & 0o777 | special)
+                os.chmod(made, stat.S_IMODE(status.st_mode) & 0o777 | special)
         except OSError:
             os.close(descriptor)
             self._undo_make(change.name, directory, kind)
@@ -363,12 +370,11 @@ class Tree:
             self._undo_make(name, directory, kind)
             raise
 
-    def _own(self, descriptor: int, number: int, uid: int, gid: int) -> os.stat_result:
-        """Give a new file its owner and id; returns its status from before."""
-        status = os.fstat(descriptor)
-        if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(_path(descriptor), uid, gid)
-        self.stamp(_path(descriptor), status.st_ino, number)
+    def _own(self, made: int | str, status: os.stat_result, change: ops.MakeNode | ops.Symlink) -> os.stat_result:
+        """Give a new file, by a path or a descriptor that is not O_PATH, its owner and id; returns its status from before."""
+        if (status.st_uid, status.st_gid) != (change.uid, change.gid):
+            os.chown(made, change.uid, change.gid)
+        self.stamp(made, status.st_ino, change.file)
         return status
 
     def _undo_make(self, name: bytes, directory: int, kind: int) -> None:
@@ -380,7 +386,7 @@ class Tree:
         os.symlink(change.target, change.name, dir_fd=directory)
         descriptor = self._open_made(change.name, directory, stat.S_IFLNK)
         try:
-            self._own(descriptor, change.file, change.uid, change.gid)
+            self._own(_path(descriptor), os.fstat(descriptor), change)
         except OSError:
             os.close(descriptor)
             self._undo_make(change.name, directory, stat.S_IFLNK)
@@ -439,28 +445,28 @@ class Tree:
 
     def _set_attributes(self, change: ops.SetAttributes) -> None:
         known = self.table.get(change.file)
-        done = ops.SetAttributes(change.file)
+        done: dict[str, int | None] = {}
         try:
             if change.uid is not None or change.gid is not None:
                 os.chown(
-                    self.table.proc(known),
+                    self.table.attributes(known),
                     -1 if change.uid is None else change.uid,
                     -1 if change.gid is None else change.gid,
                 )
-                done = replace(done, uid=change.uid, gid=change.gid)
+                done["uid"], done["gid"] = change.uid, change.gid
             if change.mode is not None:
-                os.chmod(self.table.proc(known), stat.S_IMODE(change.mode))
+                os.chmod(self.table.attributes(known), stat.S_IMODE(change.mode))
                 known.special = bool(change.mode & _SPECIAL)
-                done = replace(done, mode=change.mode)
+                done["mode"] = change.mode
             if change.size is not None:
                 known.version += 1
                 os.ftruncate(self.table.data(known), change.size)
-                done = replace(done, size=change.size)
+                done["size"] = change.size
             if change.atime_ns is not None or change.mtime_ns is not None:
                 self._set_times(known, change.atime_ns, change.mtime_ns)
         except OSError as error:
-            if done != ops.SetAttributes(change.file):
-                raise PartialChangeError(done, error) from error
+            if done:
+                raise PartialChangeError(ops.SetAttributes(change.file, **done), error) from error
             raise
 
     def _set_times(self, known: Known, atime_ns: int | None, mtime_ns: int | None) -> None:
@@ -472,15 +478,15 @@ class Tree:
             status.st_atime_ns if atime_ns is None else atime_ns,
             status.st_mtime_ns if mtime_ns is None else mtime_ns,
         )
-        os.utime(self.table.proc(known), ns=times)
+        os.utime(self.table.attributes(known), ns=times)
 
     def _set_xattr(self, change: ops.SetXattr) -> None:
         self._refuse_own_xattr(change.name)
-        os.setxattr(self.table.proc(self.table.get(change.file)), change.name, change.value)
+        os.setxattr(self.table.attributes(self.table.get(change.file)), change.name, change.value)
 
     def _remove_xattr(self, change: ops.RemoveXattr) -> None:
         self._refuse_own_xattr(change.name)
-        os.removexattr(self.table.proc(self.table.get(change.file)), change.name)
+        os.removexattr(self.table.attributes(self.table.get(change.file)), change.name)
 
     def _introduce(self, change: ops.Introduce) -> None:
         known = self.lookup(change.parent, change.name)

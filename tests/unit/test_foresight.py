@@ -37,6 +37,7 @@ SURE: list[ops.Change] = [
     ops.Unlink(ids.ROOT, b"file"),
     ops.Rename(ids.ROOT, b"file", ids.ROOT, b"new"),
     ops.Write(5, 0, b"data"),
+    ops.SetAttributes(ids.ROOT, mode=0o700, mtime_ns=1),
 ]
 UNSURE: list[ops.Change] = [
     ops.MakeNode(ids.ROOT, b"file", 2, FILE, 0, 0),
@@ -51,7 +52,9 @@ UNSURE: list[ops.Change] = [
     ops.Rename(ids.ROOT, b"file", ids.ROOT, b"new", ops.RENAME_EXCHANGE),
     ops.Write(5, 1 << 40, b"data"),
     ops.Write(5, 0, b""),
-    ops.SetAttributes(5, size=1),
+    ops.SetAttributes(ids.ROOT, size=1),
+    ops.SetAttributes(ids.ROOT, uid=1),
+    ops.SetAttributes(99, mode=0o600),
     ops.SetXattr(5, b"user.a", b"value"),
 ]
 

@@ -1,0 +1,38 @@
+"""The connection of two nodes, as `listen`, `dial` and `greet` make it."""
+
+import socket
+
+import trio
+
+from mirrorfs.core import wire
+from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.peer import Link, dial, greet, listen
+
+_HOST = "127.0.0.1"
+
+
+async def test_a_large_write_goes_out_in_one_piece() -> None:
+    """The greeting's streams leave a limit on the socket, at which the rest would wait for a task."""
+    with socket.create_server((_HOST, 0)) as free:
+        port: int = free.getsockname()[1]
+    greeted = trio.Event()
+    done = trio.Event()
+
+    async def welcome(connection: socket.socket, _: str) -> None:
+        await greet(connection, {})
+        await done.wait()
+
+    async def visit(connection: socket.socket, _: str) -> None:
+        _theirs, decoder = await greet(connection, {})
+        link = Link(connection, decoder, ack_timeout_s=5, stall_timeout_s=60)
+        link.send(wire.encode(Frame(Kind.WRITE, 1, 2, 0, bytes(1 << 20))))
+        assert link.queued_bytes == 0
+        greeted.set()
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(listen, _HOST, port, welcome)
+            nursery.start_soon(dial, _HOST, _HOST, port, visit)
+            await greeted.wait()
+            done.set()
+            nursery.cancel_scope.cancel()
