@@ -30,6 +30,7 @@ from mirrorfs.cli_base import (
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
 from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, preview, say, switchover
+from mirrorfs.joining_cli import init, join
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
 
@@ -66,6 +67,8 @@ app.command()(bench)
 for _command in (switchover, maintenance, controller):
     app.command()(_command)
 app.command("make-key")(make_key)
+app.command()(init)
+app.command()(join)
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ _SOCKET_PATH_BYTES = 107  # sockaddr_un holds 108 with the final zero
 class NodeConfig:
     """One node's part. Paths are absolute; `backing` is None for a volume that lies in place, under its mount point.
 
-    `control` is the socket of its mount, `controller` that of its controller, and `heartbeats` are its addresses on all the
-    networks over which the two controllers hear each other.
+    `control` is the socket of its mount, `controller` that of its controller, `heartbeats` are its addresses on all the
+    networks over which the two controllers hear each other, and `keys` is the directory of what makes its link authentic.
     """
 
     name: str
@@ -44,6 +44,7 @@ class NodeConfig:
     control: Path
     controller: Path
     heartbeats: tuple[str, ...]
+    keys: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,15 @@ class Config:
     arbiter: ArbiterConfig = field(default_factory=ArbiterConfig)
     failover: FailoverConfig | None = None
     session: Literal["kernel", "pyfuse3"] = "kernel"
+    #: Whether what the nodes say can be read by nobody else; that it is authentic is so in any case.
+    encrypted: bool = True
     #: What has to be the same on both nodes, as one text for each key.
     shared: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def default_keys(volume: str, node: str) -> Path:
+    """Where the keys of a node are if its file says nothing else."""
+    return DIRECTORY / "keys" / volume / node
 
 
 def find(explicit: Path | None, directory: Path = DIRECTORY) -> Path:
@@ -134,8 +142,8 @@ def load(file: Path, node: str | None = None) -> Config:
     backing = top.take_path("backing")
     session = _read_session(top)
     parts = top.take_table("nodes")
-    replication, resync, verify, arbiter, failover = (
-        top.take_table(name) for name in ("replication", "resync", "verify", "arbiter", "failover")
+    replication, resync, verify, security, arbiter, failover = (
+        top.take_table(name) for name in ("replication", "resync", "verify", "security", "arbiter", "failover")
     )
     vips, services = top.take_tables("vip"), top.take_tables("service")
     top.reject_rest()
@@ -147,6 +155,7 @@ def load(file: Path, node: str | None = None) -> Config:
         ("replication", replication),
         ("resync", resync),
         ("verify", verify),
+        ("security", security),
         ("arbiter", arbiter),
         ("failover", failover),
     ):
@@ -166,6 +175,7 @@ def load(file: Path, node: str | None = None) -> Config:
         replication=ReplicationConfig() if replication is None else _read_replication(replication),
         resync=ResyncConfig() if resync is None else _read_resync(resync),
         verify=VerifyConfig() if verify is None else _read_verify(verify),
+        encrypted=True if security is None else _read_encrypted(security),
         arbiter=failover_config.read_arbiter(arbiter),
         failover=failover_config.read_failover(failover, vips, services, volume=volume, nodes=addresses),
         shared=_shared(content),
@@ -184,7 +194,7 @@ def _read_session(top: Table) -> Literal["kernel", "pyfuse3"]:
 
 def _shared(content: dict[str, Any]) -> dict[str, str]:
     """The file less what each machine may have in its own way: who it is, and where its files and sockets are."""
-    own = re.compile(r"node|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller)|failover\.key_file")
+    own = re.compile(r"node|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller|keys)|failover\.key_file")
     return {key: text for key, text in failover_config.flatten(content).items() if not own.fullmatch(key)}
 
 
@@ -231,6 +241,7 @@ def _read_node(parts: Table, name: str, volume: str, backing: Path | None) -> No
         control=part.take_path("control") or Path("/run/mirrorfs") / f"{volume}-{name}.sock",
         controller=part.take_path("controller") or Path("/run/mirrorfs") / f"{volume}-{name}-controller.sock",
         heartbeats=tuple(part.take_texts("heartbeats")) or (() if address is None else (address,)),
+        keys=part.take_path("keys") or default_keys(volume, name),
     )
     part.reject_rest()
     if address is None:
@@ -292,6 +303,12 @@ def _read_verify(table: Table) -> VerifyConfig:
     )
     table.reject_rest()
     return verify
+
+
+def _read_encrypted(table: Table) -> bool:
+    encryption = table.take_choice("encryption", ("on", "off"), "on")
+    table.reject_rest()
+    return encryption == "on"
 
 
 def _own_name(top: Table, names: Sequence[str], asked: str | None, named_in_file: str | None) -> str:

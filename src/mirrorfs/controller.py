@@ -14,6 +14,7 @@ from mirrorfs.failover import Controller
 from mirrorfs.failover_memory import Memory
 from mirrorfs.heartbeat import Heartbeats, load_key
 from mirrorfs.services import Services
+from mirrorfs.trust import Trust
 from mirrorfs.vip import Addresses
 from mirrorfs.watch import MountWatch
 
@@ -26,7 +27,8 @@ def run(config: Config) -> None:
     """`mirrorfs controller`, in the foreground until it is told to stop. Raises MirrorfsError for what a person can mend."""
     if config.failover is None or config.peer is None:
         raise ConfigError(f"{config.file}: failover: missing, add [failover]: the controller needs it")
-    key = load_key(config.failover.key_file)
+    file = config.failover.key_file
+    key = Trust(config.node.keys).shared_key(f"heartbeats {config.volume}") if file is None else load_key(file)
     state = config.node.state_dir.resolve()
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = backing.lock_file(state / "controller.lock", f"{state}: another mirrorfs controller uses it: stop it first")

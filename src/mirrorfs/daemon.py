@@ -22,9 +22,12 @@ from mirrorfs.keeper import Keeper
 from mirrorfs.node import Node
 from mirrorfs.session import Session, open_session
 from mirrorfs.status import describe
+from mirrorfs.trust import Trust
 
 log = logging.getLogger(__name__)
 
+#: How often certificates are looked at.
+_CERTIFICATES_S: Final = 6 * 3600.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -77,6 +80,8 @@ class Daemon:
         nursery.start_soon(self._serve_mount)
         await nursery.start(control.serve, self._config.node.control, self._on_command)
         nursery.start_soon(self._stop_on_signal)
+        if self._config.peer is not None:
+            nursery.start_soon(self._keep_certificates, node)
         await node.begin(nursery)
         _notify_systemd("READY=1")
         await self._stop.wait()
@@ -92,6 +97,19 @@ class Daemon:
     async def _serve_mount(self) -> None:
         await self._session.serve()
         self._stop.set()
+
+    async def _keep_certificates(self, node: Node) -> None:
+        """Make the link's certificate anew long before it ends; say so if something ends soon all the same."""
+        while True:
+            try:
+                if await trio.to_thread.run_sync(node.trust.renew):
+                    log.info("the certificate of the link is made anew")
+            except (OSError, MirrorfsError) as error:
+                log.error("the certificate of the link cannot be made anew: %s", error)
+            node.warning = node.trust.warning()
+            if node.warning:
+                log.warning("%s", node.warning)
+            await trio.sleep(_CERTIFICATES_S)
 
     async def _stop_on_signal(self) -> None:
         for number in _SIGNALS:  # what holds again after the receiver: asking twice must not cut the end short
@@ -179,6 +197,8 @@ def run(config: Config, path: Path, *, discard_local_data: bool) -> None:
         raise MirrorfsError(
             f"{config.file}: nodes.{config.node.name}.state_dir: {state} lies on the mount {path}: put it elsewhere"
         )
+    if config.peer is not None:
+        Trust(config.node.keys).check()
     journal = Journal(state)
     journal.load()  # a record that cannot be read says so before the directory is touched
     lock = backing.lock_file(state / "lock", f"{state}: another mirrorfs process uses it: `mirrorfs unmount` first")

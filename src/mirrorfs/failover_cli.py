@@ -82,10 +82,15 @@ def controller(context: typer.Context, config: ConfigFile = None, node: NodeName
 
 
 def make_key(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
-    """Make the key that both controllers share; copy it to the other node then."""
+    """Make a key of the heartbeats in a file of its own; copy it to the other node then. Without, the nodes' keys serve."""
     loaded = load(context, config, node)
     if loaded.failover is None:
         raise UsageError(f"{loaded.file}: [failover] is missing: no controller, no key")
+
+    if loaded.failover.key_file is None:
+        raise UsageError(
+            f"{loaded.file}: failover.key_file is not set, and none is needed: the nodes' own keys make that of the heartbeats"
+        )
 
     from mirrorfs import heartbeat
 

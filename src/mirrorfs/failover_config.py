@@ -83,7 +83,7 @@ class ServiceConfig:
 class FailoverConfig:
     """How the controller works; services are started in their order and stopped in the reverse one."""
 
-    key_file: Path
+    key_file: Path | None = None
     detection_timeout_s: float = 3.0
     port: int = DEFAULT_PORT
     failback: Literal["manual", "preferred"] = "manual"
@@ -162,10 +162,10 @@ def read_failover(
         for part in (*vips, *services):
             raise part.error("", "is there but [failover] is missing, add it: the controller needs it", whole=True)
         return None
-    default = FailoverConfig(Path())
+    default = FailoverConfig()
     failback = table.take_choice("failback", ("manual", "preferred"), default.failback)
     failover = FailoverConfig(
-        key_file=table.take_path("key_file") or Path(f"/etc/mirrorfs/{volume}.key"),
+        key_file=table.take_path("key_file"),
         detection_timeout_s=table.take_duration_s("detection_timeout", default.detection_timeout_s, 300.0),
         port=table.take_count("port", default.port, 1, 65535),
         failback="preferred" if failback == "preferred" else "manual",

@@ -46,6 +46,7 @@ from mirrorfs.space import Space
 from mirrorfs.split_brain import SplitBrain
 from mirrorfs.standby import Standby
 from mirrorfs.tree import Tree, no_finder, no_new_ids
+from mirrorfs.trust import Trust
 from mirrorfs.verify.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,9 @@ class Node:
         #: Keys of the configuration that the other node has otherwise, in words.
         self.differences: list[str] = []
         self.verifier = Verifier(self, config.node.state_dir)
+        #: What somebody should look after, in words; empty if nothing.
+        self.warning = ""
+        self.trust = Trust(config.node.keys)
         self.role_changed = trio.Event()
         self.verdict: epochs.Verdict | None = None
         volume = bytes.fromhex(keeper.record.volume_id)
@@ -276,12 +280,23 @@ class Node:
             peer_marked=self.tree.notes.peer_marked,
         )
 
+    @property
+    def _listens(self) -> bool:
+        """Whether the other node dials this one."""
+        return self.config.peer is not None and self.config.node.name < self.config.peer.name
+
     async def _visit(self, connection: socket.socket, host: str) -> None:
         """Serve one connection from greeting to end."""
         mine = self.hello()
         try:
             greeting = packing.pack_hello(mine) | {"settings": dict(self.config.shared)}
-            content, decoder = await greet(connection, greeting)
+            content, channel = await greet(
+                connection,
+                greeting,
+                self.trust,
+                server_side=self._listens,
+                encrypted=self.config.encrypted,
+            )
             theirs = self._recognised(content)
             verdict = epochs.meet(mine, theirs)
         except (ProtocolError, LinkLostError) as error:
@@ -303,7 +318,7 @@ class Node:
             return  # something changed during the greeting, or is about to: greet again
         link = Link(
             connection,
-            decoder,
+            channel,
             ack_timeout_s=self.config.replication.ack_timeout_s,
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
@@ -385,7 +400,7 @@ class Node:
         nursery.start_soon(self.arbitration.keep_published)
         if peer is None:
             await self._begin_alone()
-        elif own.name < peer.name:
+        elif self._listens:
             await nursery.start(listen, own.address, own.port, self._visit)
         else:
             nursery.start_soon(dial, own.address, peer.address, peer.port, self._visit)

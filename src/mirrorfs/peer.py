@@ -1,9 +1,9 @@
 """The link to the other node: dialling, listening, the preamble and the greeting, frames both ways, heartbeats, silence.
 
-The node whose name comes first listens for the other one, which dials; both sides of a connection say the preamble and a HELLO
-first. Sending is synchronous: the bytes go into the socket at once if it takes them, and otherwise wait in `Link` for the
-writer task. Heartbeats come from a thread that touches nothing but the socket, so that a node that waits for its disk is
-still heard, and says since when it has been busy.
+The node whose name comes first listens for the other one, which dials; all is said in TLS, the preamble and a HELLO first.
+Sending is synchronous: the bytes go into the socket at once if it takes them, and otherwise wait in `Link` for the writer task.
+Heartbeats come from a thread that touches nothing but the channel, so that a node that waits for its disk is still heard, and
+says since when it has been busy.
 """
 
 import logging
@@ -17,10 +17,12 @@ from typing import Any, Final
 
 import trio
 
+from mirrorfs.channel import Channel
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
 from mirrorfs.reactor import Reactor
+from mirrorfs.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +38,12 @@ _SO_RCVBUFFORCE: Final = 33
 class Link:
     """A greeted connection: frames out by `send`, in by `receive`; ended by `close` or by whatever goes wrong on it."""
 
-    def __init__(
-        self, connection: socket.socket, decoder: wire.Decoder, *, ack_timeout_s: float, stall_timeout_s: float
-    ) -> None:
+    def __init__(self, connection: socket.socket, channel: Channel, *, ack_timeout_s: float, stall_timeout_s: float) -> None:
         self._socket = connection
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             # Trio's streams, which greeted on it, leave a limit of 16 KiB behind: a large write would go in pieces.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
-        self._decoder = decoder
+        self._channel = channel
         self._early = True  # frames may have come in one piece with the greeting
         self._listening = False
         self._serve: Callable[[Frame], bool] = lambda frame: False
@@ -57,7 +57,7 @@ class Link:
         self._stall_timeout_s = stall_timeout_s
         self._outbox: deque[memoryview] = deque()
         self._outbox_bytes = 0
-        self._lock = threading.Lock()  # the outbox and the socket's sending side, shared with the heartbeat thread
+        self._lock = channel.lock  # the outbox and the socket's sending side, shared with the heartbeat thread
         self._writable = trio.Event()
         self._closed = False
         self._heard = False
@@ -76,29 +76,26 @@ class Link:
         """Send one encoded frame; on a broken link nothing happens, `receive` tells."""
         if self._closed:
             return
-        header, payload = frame
         with self._lock:
-            self.bytes_sent += len(header) + len(payload)
-            sent = 0
-            if not self._outbox:
-                try:
-                    sent = self._socket.sendmsg((header, payload))
-                except BlockingIOError:
-                    pass
-                except OSError as error:
-                    self._fail(LinkLostError(f"the connection broke: {error.strerror}"))
-                    return
-            for part in (header, payload):
-                if sent >= len(part):
-                    sent -= len(part)
-                    continue
-                rest = memoryview(part)[sent:]
-                # Only bytes stay what they are: a view is of a buffer that is used again.
-                self._outbox.append(rest if isinstance(part, bytes) else memoryview(bytes(rest)))
-                self._outbox_bytes += len(part) - sent
-                sent = 0
+            try:
+                self._put(frame)
+            except OSError as error:
+                self._fail(LinkLostError(f"the connection broke: {error.strerror}"))
+                return
         if self._outbox:
             self._writable.set()
+
+    def _put(self, frame: wire.Encoded) -> None:
+        """Send it, or keep what the network does not take for the writer task; the lock is held."""
+        for piece in self._channel.seal(*frame):
+            self.bytes_sent += len(piece)
+            sent = 0
+            if not self._outbox:
+                with suppress(BlockingIOError):
+                    sent = self._socket.send(piece)
+            if sent < len(piece):
+                self._outbox.append(memoryview(piece)[sent:])
+                self._outbox_bytes += len(piece) - sent
 
     def send_message(self, kind: Kind, content: object = None) -> None:
         """Send a frame with a msgpack payload."""
@@ -130,7 +127,7 @@ class Link:
         """Serve what so many bytes, just read, complete; returns what is left to do, in its order."""
         left: list[Frame] = []
         serve = self._serve
-        for frame in self._decoder.received(count):
+        for frame in self._channel.received(count):
             if frame.kind is Kind.HEARTBEAT:
                 self._busy_s = frame.offset / 1000
             elif left or not serve(frame):
@@ -164,7 +161,7 @@ class Link:
         try:
             if self.failure is not None:
                 raise self.failure  # what is still in the socket does not count any more
-            count = self._socket.recv_into(self._decoder.space())
+            count = self._socket.recv_into(self._channel.room)
             if not count:
                 raise self._ended()
             self._heard = True
@@ -183,7 +180,7 @@ class Link:
     def _ended(self) -> MirrorfsError:
         if self.failure is not None:
             return self.failure
-        if self._decoder.incomplete:
+        if self._channel.incomplete:
             return ProtocolError("the connection ended inside a frame")
         return LinkLostError("the connection was closed")
 
@@ -192,7 +189,7 @@ class Link:
             if self.failure is not None:
                 raise self.failure
             try:
-                count = self._socket.recv_into(self._decoder.space())
+                count = self._socket.recv_into(self._channel.room)
             except BlockingIOError:
                 self._listening = True
                 try:
@@ -276,17 +273,14 @@ class Link:
         interval = min(0.5, self._ack_timeout_s / 4)
         while not self._quiet.wait(interval):
             busy_ms = int((time.monotonic() - self._ticked) * 1000)
-            beat = b"".join(wire.encode(Frame(Kind.HEARTBEAT, offset=busy_ms)))
+            beat = wire.encode(Frame(Kind.HEARTBEAT, offset=busy_ms))
             with self._lock:
                 if self._closed:
                     return
                 if self._outbox:
                     continue  # what waits there is heard as well
-                with suppress(OSError):
-                    sent = self._socket.send(beat)
-                    if sent < len(beat):
-                        self._outbox.append(memoryview(beat)[sent:])
-                        self._outbox_bytes += len(beat) - sent
+                with suppress(OSError):  # whoever sends next tells it
+                    self._put(beat)
 
     async def _watch(self) -> None:
         """End the link after a silence. Time in which this node stood still or did not listen is not the peer's silence."""
@@ -309,9 +303,15 @@ class Link:
                 return
 
 
-async def greet(connection: socket.socket, hello: dict[str, Any]) -> tuple[dict[str, Any], wire.Decoder]:
-    """Say preamble and HELLO, and return the other's HELLO; raises ProtocolError or LinkLostError."""
-    decoder = wire.Decoder()
+async def greet(
+    connection: socket.socket, hello: dict[str, Any], trust: Trust, *, server_side: bool, encrypted: bool = True
+) -> tuple[dict[str, Any], Channel]:
+    """Shake hands, say preamble and HELLO, and return the other's HELLO; raises ProtocolError or LinkLostError."""
+    try:
+        context = trust.context(server_side=server_side, encrypted=encrypted)
+    except OSError as error:
+        raise ProtocolError(f"the keys in {trust.directory} cannot be used: {error}") from None
+    channel = Channel(context, server_side=server_side)
     try:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection.dup()))
     except OSError as error:
@@ -319,32 +319,57 @@ async def greet(connection: socket.socket, hello: dict[str, Any]) -> tuple[dict[
     async with stream:
         try:
             with trio.fail_after(_GREETING_TIMEOUT_S):
-                await stream.send_all(wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, hello)))
-                data = b""
-                while True:
-                    more = await stream.receive_some(1 << 16)
-                    if not more:
-                        raise ProtocolError("the connection ended inside the greeting" if data else "it said nothing")
-                    data += more
-                    if len(data) >= wire.PREAMBLE.size or not wire.MAGIC.startswith(data[: len(wire.MAGIC)]):
-                        wire.check_preamble(data[: wire.PREAMBLE.size].ljust(wire.PREAMBLE.size, b"\0"))
-                        break
-                data = data[wire.PREAMBLE.size :]
-                while True:
-                    for frame in decoder.feed(data):
-                        if frame.kind is not Kind.HELLO:
-                            raise ProtocolError(f"it began with {frame.kind.name} instead of HELLO")
-                        content = wire.message(frame)
-                        if not isinstance(content, dict):
-                            raise ProtocolError("a malformed HELLO")
-                        return content, decoder
-                    data = await stream.receive_some(1 << 16)
-                    if not data:
-                        raise ProtocolError("the connection ended inside the greeting")
+                await _shake_hands(channel, stream)
+                for piece in channel.seal(wire.preamble(), *wire.encode_message(Kind.HELLO, hello)):
+                    await stream.send_all(piece)
+                return await _greeting(channel, stream), channel
         except trio.TooSlowError:
             raise ProtocolError(f"it did not greet within {_GREETING_TIMEOUT_S:g} s") from None
         except (trio.BrokenResourceError, OSError) as error:
             raise LinkLostError(f"the connection broke in the greeting: {error}") from error
+
+
+async def _shake_hands(channel: Channel, stream: trio.SocketStream) -> None:
+    done = heard = False
+    while not done:
+        try:
+            done = channel.shake_hands()
+        finally:
+            if said := channel.to_send():  # also the alert that tells the other side why not
+                await stream.send_all(said)
+        if not done:
+            channel.arrived(await _more(stream, "the connection ended inside the greeting" if heard else "it said nothing"))
+            heard = True
+
+
+async def _more(stream: trio.SocketStream, otherwise: str = "the connection ended inside the greeting") -> bytes:
+    data = await stream.receive_some(1 << 16)
+    if not data:
+        raise ProtocolError(otherwise)
+    return bytes(data)
+
+
+async def _greeting(channel: Channel, stream: trio.SocketStream) -> dict[str, Any]:
+    """The other side's HELLO, after its preamble."""
+    data = b""
+    while len(data) < wire.PREAMBLE.size:
+        if said := channel.plain(wire.PREAMBLE.size - len(data)):
+            data += said
+        else:
+            channel.arrived(await _more(stream))
+    wire.check_preamble(data)
+    arrived = 0
+    while True:
+        for frame in channel.received(arrived):
+            if frame.kind is not Kind.HELLO:
+                raise ProtocolError(f"it began with {frame.kind.name} instead of HELLO")
+            content = wire.message(frame)
+            if not isinstance(content, dict):
+                raise ProtocolError("a malformed HELLO")
+            return content
+        data = await _more(stream)
+        arrived = min(len(data), len(channel.room))
+        channel.room[:arrived] = data[:arrived]
 
 
 Visitor = Callable[[socket.socket, str], Awaitable[None]]

@@ -31,6 +31,8 @@ def describe(node: Node) -> dict[str, Any]:
         "arbiter": node.arbitration.describe(),
         "differences": node.differences,
     }
+    if node.warning:
+        status["warning"] = node.warning
     if node.split_brain:
         status["split_brain"] = node.split_brain
         status["sides"] = node.split.sides()

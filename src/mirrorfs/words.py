@@ -102,6 +102,8 @@ def status_in_words(found: dict[str, Any]) -> str:
         lines["arbiter"] = f"{arbiter['name']}: {answers} (since {arbiter['since']})"
     if controller := found.get("controller"):
         lines["controller"] = controller_in_words(controller)
+    if warning := found.get("warning"):
+        lines["warning"] = warning
     for difference in found.get("differences", ()):
         lines["configuration"] = f"differs: {difference}"
     lines["reason"] = found["reason"]

@@ -30,7 +30,7 @@ ABSENT = "192.0.2.77"  # of the addresses that documentation may use: no machine
 
 
 def node(name: str, *heartbeats: str) -> NodeConfig:
-    return NodeConfig(name, heartbeats[0], 7788, None, Path("/s"), Path("/c"), Path("/d"), heartbeats)
+    return NodeConfig(name, heartbeats[0], 7788, None, Path("/s"), Path("/c"), Path("/d"), heartbeats, Path("/k"))
 
 
 ONE = node("one", "127.0.0.1", "127.0.1.1")

@@ -1,17 +1,29 @@
 """The connection of two nodes, as `listen`, `dial` and `greet` make it."""
 
 import socket
+from pathlib import Path
 
+import pytest
 import trio
 
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.lab.configuration import acquaint
 from mirrorfs.peer import Link, dial, greet, listen
+from mirrorfs.trust import Trust
 
 _HOST = "127.0.0.1"
 
 
-async def test_a_large_write_goes_out_in_one_piece() -> None:
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Trust, Trust]:
+    """The keys of two nodes that trust each other."""
+    one, two = tmp_path / "one" / "keys", tmp_path / "two" / "keys"
+    acquaint(one, two)
+    return Trust(one), Trust(two)
+
+
+async def test_a_large_write_goes_out_in_one_piece(pair: tuple[Trust, Trust]) -> None:
     """The greeting's streams leave a limit on the socket, at which the rest would wait for a task."""
     with socket.create_server((_HOST, 0)) as free:
         port: int = free.getsockname()[1]
@@ -19,12 +31,12 @@ async def test_a_large_write_goes_out_in_one_piece() -> None:
     done = trio.Event()
 
     async def welcome(connection: socket.socket, _: str) -> None:
-        await greet(connection, {})
+        await greet(connection, {}, pair[0], server_side=True)
         await done.wait()
 
     async def visit(connection: socket.socket, _: str) -> None:
-        _theirs, decoder = await greet(connection, {})
-        link = Link(connection, decoder, ack_timeout_s=5, stall_timeout_s=60)
+        _theirs, channel = await greet(connection, {}, pair[1], server_side=False)
+        link = Link(connection, channel, ack_timeout_s=5, stall_timeout_s=60)
         link.send(wire.encode(Frame(Kind.WRITE, 1, 2, 0, bytes(1 << 20))))
         assert link.queued_bytes == 0
         greeted.set()

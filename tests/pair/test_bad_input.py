@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from xxhash import xxh3_64_intdigest
 
 from mirrorfs.core import packing, wire
 from mirrorfs.core.epochs import Hello, Record
@@ -17,21 +16,29 @@ from mirrorfs.core.wire import Kind
 from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
 from mirrorfs.lab.pair import Lab, wait_for
+from mirrorfs.trust import Trust
 from tests.pair.support import NewLines, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
 
-# Sends what it is given and reads until the node hangs up, for which the node has its own limits; argv: address port half-close
+# Sends what it is given and reads until the node hangs up, for which the node has its own limits; argv: address, port,
+# half-close, and the directory of the keys with which it speaks TLS, if it does.
 _STRANGER = """
-import socket, sys
+import socket, ssl, sys
 with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20) as connection:
+    if keys := sys.argv[4]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.load_cert_chain(keys + "/link.pem")
+        context.load_verify_locations(keys + "/peer.pem")
+        connection = context.wrap_socket(connection)
     connection.sendall(sys.stdin.buffer.read())
     if sys.argv[3] == "close":
         connection.shutdown(socket.SHUT_WR)
     try:
         while connection.recv(65536):
             pass
-    except ConnectionResetError:
+    except (ConnectionResetError, ssl.SSLError):
         pass
 """
 
@@ -43,30 +50,30 @@ def _hello(hello: Hello) -> bytes:
 
 
 def _header(length: int, kind: int) -> bytes:
-    fixed = wire.HEADER.pack(length, kind, 0, 0, 0, 0, 0)
-    return fixed + wire.CHECKSUM.pack(xxh3_64_intdigest(b"", seed=xxh3_64_intdigest(fixed)))
+    return wire.HEADER.pack(length, kind, 0, 0, 0, 0, 0)
 
 
-_NEWER = wire.PREAMBLE.pack(wire.MAGIC, wire.VERSION + 1, wire.SECURITY_NONE, 0)
-_PROTECTED = wire.PREAMBLE.pack(wire.MAGIC, wire.VERSION, 7, 0)
+_NEWER = wire.PREAMBLE.pack(wire.MAGIC, wire.VERSION + 1, 0, 0)
 _GOOD = _hello(_HELLO)
 _NOT_A_HELLO = wire.preamble() + b"".join(wire.encode_message(Kind.FOLLOW, {}))
 _HOLLOW_HELLO = wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, {"volume": "lab"}))
 _NO_MAP = wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, [1, 2, 3]))
-_CORRUPT = _GOOD[:-1] + bytes([_GOOD[-1] ^ 1])
 
-#: What a stranger sends, whether it hangs up then, and what node one's log line has to say: each time something else, since
-#: a node does not tell the same twice.
+#: What somebody sends who has no keys, whether it hangs up then, and what node one's log line has to say: each time something
+#: else, since a node does not tell the same twice.
 STRANGERS = {
     "a port scan": (b"", "close", "it said nothing"),
-    "random bytes": (bytes(range(255, 127, -1)), "stay", "not a mirrorfs node"),
-    "a web browser": (b"GET / HTTP/1.1\r\nHost: one\r\n\r\n", "stay", "not a mirrorfs node: it began with b'GET / HT'"),
+    "random bytes": (bytes(range(255, 127, -1)), "stay", "it does not speak TLS"),
+    "silence": (b"", "stay", "did not greet within"),
+}
+
+#: What somebody sends who has the keys of node two.
+PEERS = {
+    "another program": (b"GET / HTTP/1.1\r\nHost: one\r\n\r\n", "stay", "not a mirrorfs node: it began with b'GET / HT'"),
     "another version": (_NEWER, "stay", f"protocol version {wire.VERSION + 1}"),
-    "a protection that is not known": (_PROTECTED, "stay", "protection 7"),
     "a huge length": (wire.preamble() + _header(0xFFFFFFFF, Kind.HELLO), "stay", "a frame of 4294967295 bytes"),
     "a truncated frame": (_GOOD[:-10], "close", "inside the greeting"),
     "a frame of an unknown kind": (wire.preamble() + _header(0, 255), "stay", "unknown kind 255"),
-    "a wrong checksum": (_CORRUPT, "stay", "checksum"),
     "another message than HELLO": (_NOT_A_HELLO, "stay", "FOLLOW instead of HELLO"),
     "a HELLO with holes in it": (_HOLLOW_HELLO, "stay", "a malformed HELLO"),
     "a HELLO that is no map": (_NO_MAP, "stay", "a malformed HELLO"),
@@ -74,7 +81,6 @@ STRANGERS = {
     "an unknown node": (_hello(replace(_HELLO, node="three")), "stay", "'three'"),
     "the same node twice": (_hello(replace(_HELLO, node="one")), "stay", "'one'"),
     "a second standby": (_GOOD, "stay", "two is connected already"),
-    "silence": (b"", "stay", "did not greet within"),
 }
 
 
@@ -85,21 +91,37 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield lab
 
 
-def _call(lab: Lab, sent: bytes, then: str) -> None:
-    arguments = [ADDRESSES["one"], str(PORT), then]
+def _call(lab: Lab, sent: bytes, then: str, keys: Path | None) -> None:
+    arguments = [ADDRESSES["one"], str(PORT), then, "" if keys is None else str(keys)]
     lab.two.run(sys.executable, "-c", _STRANGER, *arguments, input=sent, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
 def test_a_stranger_is_met_with_one_clear_line_and_the_pair_stays_mirrored(pair: Lab, stranger: str) -> None:
-    sent, then, said = STRANGERS[stranger]
+    _is_met_with_one_line(pair, *STRANGERS[stranger], None)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_that_makes_no_sense_is_met_so_too(pair: Lab, peer: str) -> None:
+    _is_met_with_one_line(pair, *PEERS[peer], pair.two.keys)
+
+
+def test_a_node_with_other_keys_is_met_so_too(pair: Lab, tmp_path: Path) -> None:
+    trust = Trust(tmp_path)
+    trust.make("two")
+    trust.pin((pair.one.keys / "identity.pem").read_bytes())
+    trust.renew()
+    _is_met_with_one_line(pair, _GOOD, "stay", "its certificate is not that of the other node", tmp_path)
+
+
+def _is_met_with_one_line(pair: Lab, sent: bytes, then: str, said: str, keys: Path | None) -> None:
     epoch, pids = pair.one.status()["epoch_tag"], pair.one.pids()
     lines = {name: NewLines(host) for name, host in pair.hosts.items()}
-    _call(pair, sent, then)
+    _call(pair, sent, then, keys)
     line = lines["one"].wait(lambda line: said in line, said)
     assert ADDRESSES["two"] in line, "it says who it was"
-    (pair.one.mount / "file").write_text(stranger)
-    assert (pair.two.mount / "file").read_text() == stranger, "writes go on"
+    (pair.one.mount / "file").write_text(said)
+    assert (pair.two.mount / "file").read_text() == said, "writes go on"
     assert pair.is_mirrored()
     assert pair.one.status()["epoch_tag"] == epoch
     assert pair.one.pids() == pids
@@ -131,7 +153,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.mark.parametrize("nonsense", NONSENSE)
 def test_a_message_that_makes_no_sense_ends_the_link_and_not_the_primary(alone: Lab, nonsense: str) -> None:
     pids = alone.one.pids()
-    _call(alone, _GOOD + b"".join(NONSENSE[nonsense]), "stay")
+    _call(alone, _GOOD + b"".join(NONSENSE[nonsense]), "stay", alone.two.keys)
     assert alone.one.pids() == pids
     (alone.one.mount / "file").write_text(nonsense)
     wait_state(alone.one, "solo")
@@ -140,7 +162,7 @@ def test_a_message_that_makes_no_sense_ends_the_link_and_not_the_primary(alone: 
 def test_a_stranger_who_comes_again_and_again_does_not_fill_the_log(pair: Lab) -> None:
     lines = NewLines(pair.one)
     for _ in range(5):
-        _call(pair, b"\x16\x03\x01\x02\x00\x01\x00\x01", "stay")
+        _call(pair, wire.PREAMBLE.pack(wire.MAGIC, wire.VERSION + 2, 0, 0), "stay", pair.two.keys)
     assert len(lines()) == 1
     assert pair.is_mirrored()
 

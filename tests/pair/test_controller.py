@@ -45,7 +45,7 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 
     def make(services: str = SERVICE, *, start: bool = True, **options: str) -> Cluster:
         directory = tmp_path / f"lab{len(made)}"
-        text = cluster.sections(directory, services, **({"failover": 'detection_timeout = "1500ms"'} | options))
+        text = cluster.sections(services, **({"failover": 'detection_timeout = "1500ms"'} | options))
         made.append(Cluster(directory, text, options={"ack_timeout": "1s", "freeze_timeout": "3s"}))
         if start:
             made[-1].start_controllers()

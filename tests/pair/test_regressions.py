@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from mirrorfs.journal import Journal
 from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
 from mirrorfs.lab.pair import Host, Lab, wait_for
+from mirrorfs.trust import Trust
 from tests.pair.support import NewLines, state, status, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
@@ -54,7 +56,7 @@ def _fails(expected: int, action: Callable[[], object]) -> None:
 
 @contextmanager
 def _calling(host: Host, to: str) -> Iterator[socket.socket]:
-    """A connection from the host to the other's port."""
+    """A connection from the host to the other's port, with the host's keys."""
 
     def inside() -> socket.socket:
         # A thread can be in another network namespace than its process, and this one ends when it is done.
@@ -63,8 +65,8 @@ def _calling(host: Host, to: str) -> Iterator[socket.socket]:
 
     with ThreadPoolExecutor(max_workers=1) as executor:
         connection = executor.submit(inside).result()
-    with connection:
-        yield connection
+    with Trust(host.keys).context(server_side=False).wrap_socket(connection) as secured:
+        yield secured
 
 
 class Writer:
@@ -176,7 +178,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.mark.parametrize("what", SENT)
 def test_what_a_stranger_sends_while_no_peer_is_linked_ends_the_link_and_not_the_node(alone: Lab, what: str) -> None:
     pids = alone.one.pids()
-    with _calling(alone.two, "one") as connection, suppress(ConnectionResetError):
+    with _calling(alone.two, "one") as connection, suppress(ConnectionResetError, ssl.SSLError):
         connection.sendall(SENT[what])
         while connection.recv(65536):
             pass
@@ -248,7 +250,7 @@ class _Impostor:
             while len(self._greeted) < wire.PREAMBLE.size:
                 self._greeted += self._connection.recv(wire.PREAMBLE.size - len(self._greeted))
             return self._connection.recv(65536)
-        except ConnectionResetError:
+        except (ConnectionResetError, ssl.SSLError):
             return b""
 
 

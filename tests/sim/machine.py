@@ -173,7 +173,7 @@ class Machine:
         """How its node is configured."""
 
         def node(name: str) -> NodeConfig:
-            return NodeConfig(name, name, 1, None, Path("/"), Path("/"), Path("/"), (name,))
+            return NodeConfig(name, name, 1, None, Path("/"), Path("/"), Path("/"), (name,), Path("/"))
 
         other = NAMES[1 - NAMES.index(self.name)]
         options = self.world.options

@@ -285,7 +285,7 @@ class SimulatedLink:
                 return
 
 
-async def greet(connection: End, hello: dict[str, Any]) -> tuple[dict[str, Any], wire.Decoder]:
+async def greet(connection: End, hello: dict[str, Any], trust: object, **_: bool) -> tuple[dict[str, Any], wire.Decoder]:
     """Stands in for `peer.greet`."""
     decoder = wire.Decoder()
     connection.send(b"".join(wire.encode_message(Kind.HELLO, hello)))

@@ -53,6 +53,7 @@ def test_a_small_file_has_the_documented_defaults(file: Path) -> None:
         control=Path("/run/mirrorfs/v-one.sock"),
         controller=Path("/run/mirrorfs/v-one-controller.sock"),
         heartbeats=("10.0.0.1",),
+        keys=Path("/etc/mirrorfs/keys/v/one"),
     )
     two = config.NodeConfig(
         name="two",
@@ -60,6 +61,7 @@ def test_a_small_file_has_the_documented_defaults(file: Path) -> None:
         port=7788,
         backing=None,
         state_dir=Path("/var/lib/mirrorfs/v/two"),
+        keys=Path("/etc/mirrorfs/keys/v/two"),
         control=Path("/run/mirrorfs/v-two.sock"),
         controller=Path("/run/mirrorfs/v-two-controller.sock"),
         heartbeats=("10.0.0.2",),
@@ -96,6 +98,7 @@ def test_every_key_is_read(file: Path) -> None:
         port = 1
         state_dir = "/s"
         control = "/c"
+        keys = "/k"
         backing = "/srv/one"
         [nodes.two]
         address = "fd00::2"
@@ -111,12 +114,17 @@ def test_every_key_is_read(file: Path) -> None:
         [verify]
         rate = "1.5 GiB/s"
         every = "30d"
+        [security]
+        encryption = "off"
     """
     found = loaded(file, text, "two")
     name, controller = "one.example.org", Path("/run/mirrorfs/v-one.example.org-controller.sock")
-    assert found.peer == config.NodeConfig(name, name, 1, Path("/srv/one"), Path("/s"), Path("/c"), controller, (name,))
+    assert found.peer == config.NodeConfig(
+        name, name, 1, Path("/srv/one"), Path("/s"), Path("/c"), controller, (name,), Path("/k")
+    )
     assert found.node.backing == Path("/srv/both")
     assert found.replication == config.ReplicationConfig("freeze", 0.5, 60.0, 5400.0, 60.0)
+    assert not found.encrypted
     assert found.resync == config.ResyncConfig(1.5 * 2**30, "resync")
     assert found.verify == config.VerifyConfig(1.5 * 2**30, 30 * 86400.0)
 
@@ -193,7 +201,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         (
             '"a\\nb" = 1\n' + TWO,
             r'"a\nb": unknown key, remove it (known here: volume, node, backing, session, nodes, replication, resync, verify, '
-            "arbiter, failover, vip, service)",
+            "security, arbiter, failover, vip, service)",
         ),
         (
             'volume = "v"\n',

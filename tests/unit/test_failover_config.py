@@ -64,7 +64,7 @@ def test_a_file_that_says_nothing_of_it_has_no_arbiter_and_no_controller(file: P
 
 def test_the_defaults_are_the_documented_ones(file: Path) -> None:
     assert failover(file, FAILOVER) == FailoverConfig(
-        key_file=Path("/etc/mirrorfs/v.key"),
+        key_file=None,
         detection_timeout_s=3.0,
         port=7789,
         failback="manual",
@@ -231,7 +231,7 @@ def test_heartbeats_go_over_the_networks_that_are_listed_else_over_that_of_the_d
         (BASE + "[arbiter]\n", 'arbiter.kind: missing, use "etcd", or "none" for an operator who decides'),
         (BASE + '[arbiter]\nkind = "consul"\n', 'arbiter.kind: "consul" is not known here, use "etcd" or "none"'),
         (BASE + "arbiter = 1\n", "nodes.two.arbiter: unknown key, remove it (known here: address, port, backing, state_dir, "
-         "control, controller, heartbeats)"),
+         "control, controller, heartbeats, keys)"),
         ("arbiter = 1\n" + BASE, "arbiter: is a whole number, must be a table"),
         (
             BASE + '[arbiter]\nkind = "etcd"\n',

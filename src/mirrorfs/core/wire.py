@@ -10,20 +10,17 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 import msgpack
-from xxhash import xxh3_64_intdigest
 
 from mirrorfs.core import operations as ops
 from mirrorfs.core import soundness
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 6
+VERSION: Final = 7
 #: How the bytes after the preamble are protected; 0 is not at all.
-SECURITY_NONE: Final = 0
 PREAMBLE: Final = struct.Struct("<8sHHI")
 HEADER: Final = struct.Struct("<IBBHQQQ")
-CHECKSUM: Final = struct.Struct("<Q")
-HEADER_SIZE: Final = HEADER.size + CHECKSUM.size
+HEADER_SIZE: Final = HEADER.size
 #: A write of FUSE has at most 1 MiB; an entry carries the extended attributes of one file.
 MAX_PAYLOAD: Final = 4 << 20
 #: Of a decoder: a large write with its header, and more that came with it.
@@ -167,18 +164,16 @@ class Frame(NamedTuple):
 
 def preamble() -> bytes:
     """The first bytes of a connection, in each direction."""
-    return PREAMBLE.pack(MAGIC, VERSION, SECURITY_NONE, 0)
+    return PREAMBLE.pack(MAGIC, VERSION, 0, 0)
 
 
 def check_preamble(data: bytes) -> None:
     """Raise ProtocolError, saying what is wrong, unless `data` is a preamble of a version that is spoken here."""
-    magic, version, security, _ = PREAMBLE.unpack(data)
+    magic, version, _, _ = PREAMBLE.unpack(data)
     if magic != MAGIC:
         raise ProtocolError(f"not a mirrorfs node: it began with {data[:8]!r}")
     if version != VERSION:
         raise ProtocolError(f"it speaks protocol version {version}, this node {VERSION}: install the same mirrorfs on both")
-    if security != SECURITY_NONE:
-        raise ProtocolError(f"it wants protection {security}, which this node does not know: install the same mirrorfs on both")
 
 
 def encode(frame: Frame) -> Encoded:
@@ -189,13 +184,7 @@ def encode(frame: Frame) -> Encoded:
 def _encode(kind: Kind, sequence: int, file: int, offset: int, payload: Payload) -> Encoded:
     size = len(payload)
     assert size <= MAX_PAYLOAD, size
-    fixed = HEADER.pack(size, kind, 0, 0, sequence, file, offset)
-    return fixed + CHECKSUM.pack(_checksum(fixed, payload)), payload
-
-
-def _checksum(fixed: Payload, payload: Payload) -> int:
-    """Of the header before the checksum and the payload, which need not stand in one piece for it."""
-    return xxh3_64_intdigest(payload, seed=xxh3_64_intdigest(fixed))
+    return HEADER.pack(size, kind, 0, 0, sequence, file, offset), payload
 
 
 def encode_message(kind: Kind, content: object, sequence: int = 0, offset: int = 0) -> Encoded:
@@ -313,9 +302,6 @@ class Decoder:
             if body + length > end:
                 return
             payload = view[body : body + length]
-            (checksum,) = CHECKSUM.unpack_from(buffer, start + HEADER.size)
-            if _checksum(view[start : start + HEADER.size], payload) != checksum:
-                raise ProtocolError("a frame whose checksum is wrong")
             known = _KINDS.get(kind)
             if known is None:
                 raise ProtocolError(f"a frame of unknown kind {kind}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from mirrorfs import control, heartbeat
+from mirrorfs import control
 from mirrorfs.errors import ControlError, MirrorfsError
 from mirrorfs.lab import pair, public
 from mirrorfs.lab.etcd import EtcdCluster
@@ -19,12 +19,11 @@ ADDRESS: Final = "10.79.0.100"
 ETCD: Final = f'[arbiter]\nkind = "etcd"\nendpoints = ["http://{public.PUBLIC[DESK]}:2379"]\ntimeout = "500ms"\n'
 
 
-def sections(directory: Path, services: str, *, arbiter: str = ETCD, failover: str = "") -> str:
+def sections(services: str, *, arbiter: str = ETCD, failover: str = "") -> str:
     """What such a lab has in its configuration, besides the nodes."""
     return f"""
 {arbiter}
 [failover]
-key_file = "{directory}.key"
 {failover}
 [[vip]]
 address = "{ADDRESS}/24"
@@ -61,15 +60,11 @@ class Cluster:
         """Make the hosts, start etcd, nodes and controllers; returns when the pair is mirrored and served."""
         self._stack = contextlib.ExitStack()
         self._controllers: dict[str, subprocess.Popen[bytes]] = {}
-        self._key = Path(f"{directory}.key")
         self._homes = Path(f"{directory}-servers")  # of what runs on the hosts besides mirrorfs, also as another user
         self._stack.callback(shutil.rmtree, self._homes, ignore_errors=True)
         self._stack.callback(Lab(directory).down)
         try:
             self.lab = Lab.create(directory, options=options, sections=text, desk=True)
-            self._key.unlink(missing_ok=True)
-            heartbeat.make_key(self._key)
-            self._stack.callback(self._key.unlink)
             self.etcd = EtcdCluster(
                 directory / "etcd",
                 address=lambda _: public.PUBLIC[DESK],

@@ -1,13 +1,15 @@
-"""The configuration file of a host of a lab."""
+"""The configuration file of a host of a lab, and its keys."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mirrorfs.errors import ConfigError
 from mirrorfs.lab.network import ADDRESSES
 from mirrorfs.lab.public import PUBLIC
+from mirrorfs.trust import Trust
 
 if TYPE_CHECKING:
     from mirrorfs.lab.pair import Host
@@ -25,6 +27,7 @@ def text(own: "Host", hosts: "Iterable[Host]", options: Mapping[str, str], secti
             f"address = {_toml(ADDRESSES[host.name])}",
             f"port = {PORT}",
             f"state_dir = {_toml(str(host.state_dir))}",
+            f"keys = {_toml(str(host.keys))}",
             f"control = {_toml(str(host.control))}",
             f"controller = {_toml(str(host.control.with_suffix('.ctl')))}",
         ]
@@ -38,6 +41,15 @@ def text(own: "Host", hosts: "Iterable[Host]", options: Mapping[str, str], secti
         bare = value in ("true", "false") or value.isdecimal()
         lines.append(f"{key} = {value if bare else _toml(value)}")
     return "\n".join([*lines, sections]) + "\n"
+
+
+def acquaint(one: Path, two: Path) -> None:
+    """Make the keys of two nodes in these directories, and let them trust each other, as `mirrorfs join` does."""
+    first, second = Trust(one), Trust(two)
+    for trust in (first, second):
+        trust.make(trust.directory.parent.name)
+    first.pin(second.identity.read_bytes())
+    second.pin(first.identity.read_bytes())
 
 
 def _toml(value: str) -> str:

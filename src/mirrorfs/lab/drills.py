@@ -281,7 +281,7 @@ def run(*, directory: Path | None, runs: int, only: list[str], as_json: bool) ->
 
     results: list[Figures] = []
     with scratch.place(directory) as place:
-        text = cluster.sections(place, cluster.postgresql(programs, restarts=2), failover="max_failovers = 1000")
+        text = cluster.sections(cluster.postgresql(programs, restarts=2), failover="max_failovers = 1000")
         with Cluster(place, text) as site:
             cluster.create_postgresql(site.lab.one, programs)
             site.start_controllers()

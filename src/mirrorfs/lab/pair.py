@@ -7,7 +7,7 @@ the namespaces by their names (a hash of the directory), processes by their name
     DIR/lab.json             the processes that were started
     DIR/NODE/data            the mount point; adopted in place, so the files underneath are in it too
     DIR/NODE/under           a bind mount of `data` as it is without mirrorfs
-    DIR/NODE/state, log, mirrorfs.toml, control.sock
+    DIR/NODE/state, keys, log, mirrorfs.toml, control.sock
     DIR/NODE/boot            the id of the host's boot, if that is not the machine's
     DIR/NODE/faults          faults of its disk that its node is to meet, if there are some (`faults`)
     DIR/disks                disks of the hosts' own, if they have some (`disks`)
@@ -96,6 +96,11 @@ class Host:
     def state_dir(self) -> Path:
         """Its state directory."""
         return self.home / "state"
+
+    @property
+    def keys(self) -> Path:
+        """What makes its link authentic."""
+        return self.home / "keys"
 
     @property
     def log(self) -> Path:
@@ -406,6 +411,7 @@ class Lab:
             host.config.write_text(configuration.text(host, self.hosts.values(), options, sections, desk=desk))
             config.load(host.config, host.name)
             host.bind_under()
+        configuration.acquaint(*(host.keys for host in self.hosts.values()))
         self.network.create()
         if desk:
             public.create(self.network)

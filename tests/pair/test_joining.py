@@ -1,0 +1,201 @@
+"""`mirrorfs init` and `mirrorfs join`: two nodes that know nothing of each other become a pair."""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mirrorfs import config as configuration
+from mirrorfs.joining import Code, parse_code
+from mirrorfs.lab.network import ADDRESSES
+from mirrorfs.lab.pair import Host, Lab, wait_for
+from mirrorfs.trust import Trust, fingerprint
+
+pytestmark = pytest.mark.root
+VOLUME = "joining-test"
+
+
+@pytest.fixture
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Two hosts; what the lab has written for its nodes is not used."""
+    with Lab.create(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+def _mirrorfs(host: Host, *arguments: str) -> list[str]:
+    return [*host.network.entering(host.name), sys.executable, "-m", "mirrorfs", *arguments]
+
+
+class _Init:
+    """`mirrorfs init` on a host, and the code that it has printed."""
+
+    def __init__(self, host: Host, file: Path, *more: str) -> None:
+        name, address = host.name, ADDRESSES[host.name]
+        arguments = ("init", VOLUME, "--node", name, "--address", address, "--config", str(file), *more)
+        self.process = subprocess.Popen(_mirrorfs(host, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.code = ""
+        for line in self.process.stdout:
+            if found := re.search(r"mirrorfs join (\S+)", line):
+                self.code = found[1]
+                break
+
+    def __enter__(self) -> "_Init":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def end(self) -> tuple[int, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out + err
+
+
+def _join(host: Host, code: str, file: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = _mirrorfs(host, "join", code, "--node", host.name, "--config", str(file), *more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def _with_places(host: Host, file: Path) -> None:
+    """What a node of the lab has elsewhere than one of a machine of its own; init and join keep what is there."""
+    text = file.read_text() if file.exists() else ""
+    assert text == ""
+    keys = {"address": ADDRESSES[host.name], "keys": str(host.home / "k"), "state_dir": str(host.state_dir)}
+    keys |= {"control": str(host.control), "controller": str(host.control.with_suffix(".ctl"))}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    file.write_text("\n".join(['volume = "joining-test"', f'node = "{host.name}"', f"[nodes.{host.name}]", *lines]) + "\n")
+
+
+@contextlib.contextmanager
+def _without_default_keys() -> Iterator[None]:
+    """The keys of volume `v` lie where those of a real one do: none before, none after."""
+    directory = configuration.default_keys(VOLUME, "one").parent
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_two_nodes_that_have_joined_are_a_pair(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    _with_places(lab.one, one)
+    with _Init(lab.one, one) as init:
+        _with_places(lab.two, two)
+        with two.open("a") as file:
+            file.write(f'[nodes.one]\naddress = "{ADDRESSES["one"]}"\n')
+        done = _join(lab.two, init.code, two)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "joined one" in done.stdout
+        code, said = init.end()
+        assert code == 0, said
+        assert "two has joined" in said
+    first, second = configuration.load(one, "one"), configuration.load(two, "two")
+    assert first.peer is not None
+    assert first.peer.address == ADDRESSES["two"]
+    for own, other in ((first, second), (second, first)):
+        assert Trust(own.node.keys).peer_fingerprint() == fingerprint(Trust(other.node.keys).identity.read_bytes())
+    assert Trust(first.node.keys).shared_key("x") == Trust(second.node.keys).shared_key("x")
+    assert Trust(first.node.keys).shared_key("x") != Trust(first.node.keys).shared_key("y")
+    lab.one.config.write_text(one.read_text())
+    lab.two.config.write_text(two.read_text())
+    for host in lab.hosts.values():
+        host.start()
+    lab.one.promote(yes=True)
+    lab.wait_mirrored()
+    (lab.one.mount / "file").write_text("content")
+    assert (lab.two.mount / "file").read_text() == "content"
+
+
+def test_the_second_node_gets_the_file_of_the_first(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    with _without_default_keys(), _Init(lab.one, one, "--port", "7799") as init:
+        done = _join(lab.two, init.code, two)
+        assert done.returncode == 0, done.stderr
+        assert init.end()[0] == 0
+    first, second = configuration.load(one), configuration.load(two)
+    assert (first.node.name, second.node.name) == ("one", "two")
+    assert first.shared == second.shared
+    assert second.peer is not None
+    assert second.peer.port == first.node.port == second.node.port == 7799
+
+
+def test_a_code_is_good_once_and_for_its_node_only(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    _with_places(lab.one, one)
+    _with_places(lab.two, two)
+    with two.open("a") as file:
+        file.write(f'[nodes.one]\naddress = "{ADDRESSES["one"]}"\n')
+    with _Init(lab.one, one) as init:
+        good = parse_code(init.code)
+        wrong = str(good._replace(secret=bytes(16)))
+        refused = _join(lab.two, wrong, two)
+        assert (refused.returncode, refused.stderr) == (
+            1,
+            f"mirrorfs: {ADDRESSES['one']}: the code is wrong, or was used already\n",
+        )
+        assert not Trust(configuration.load(two, "two").node.keys).peer.exists()
+        other = _join(lab.two, str(good._replace(fingerprint=bytes(16))), two)
+        assert "is not the node that gave the code" in other.stderr
+        assert _join(lab.two, init.code, two).returncode == 0
+        assert init.end()[0] == 0
+    again = _join(lab.two, init.code, two)
+    assert again.returncode == 1
+    assert "cannot be reached" in again.stderr
+
+
+def test_who_guesses_at_the_secret_ends_the_code(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    _with_places(lab.one, one)
+    _with_places(lab.two, two)
+    with _Init(lab.one, one) as init:
+        wrong = str(parse_code(init.code)._replace(secret=bytes(16)))
+        for _ in range(5):
+            assert _join(lab.two, wrong, two).returncode == 1
+        wait_for(lambda: init.process.poll() is not None, "it gives up")
+        code, said = init.end()
+    assert code == 1
+    assert "somebody has tried wrong codes" in said
+
+
+def test_a_code_ends_by_itself(lab: Lab, tmp_path: Path) -> None:
+    one = tmp_path / "one.toml"
+    _with_places(lab.one, one)
+    with _Init(lab.one, one, "--minutes", "0.1") as init:
+        code, said = init.end()
+    assert code == 1
+    assert "no node has joined within 0.1 minutes" in said
+
+
+@pytest.mark.parametrize("mistake", ["", "mfs1", "mfs1abc", "hello"])
+def test_what_is_no_code_is_told(lab: Lab, tmp_path: Path, mistake: str) -> None:
+    done = _join(lab.two, mistake, tmp_path / "two.toml")
+    assert done.returncode == 2
+    assert "no code of `mirrorfs init`" in done.stderr
+
+
+def test_a_code_that_was_not_copied_as_a_whole_is_told() -> None:
+    code = str(Code("v", "10.0.0.1", 7788, bytes(range(16)), bytes(range(16))))
+    assert parse_code(f" {code}\n") == Code("v", "10.0.0.1", 7788, bytes(range(16)), bytes(range(16)))
+    for cut in (code[:-1], code[:-8], code[:10] + code[11:]):
+        with pytest.raises(Exception, match="not all of it"):
+            parse_code(cut)
+
+
+def test_a_node_without_keys_says_what_to_do(lab: Lab) -> None:
+    for path in lab.one.keys.iterdir():
+        path.unlink()
+    lab.one.keys.rmdir()
+    done = lab.one.run(
+        sys.executable, "-m", "mirrorfs", "mount", lab.one.mount, "--config", lab.one.config, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "mirrorfs init" in done.stderr
