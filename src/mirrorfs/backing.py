@@ -31,6 +31,8 @@ _FS_IMMUTABLE_FL: Final = 0x10
 _MNT_DETACH: Final = 2
 _AT_EMPTY_PATH: Final = 0x1000
 _HANDLE_BYTES: Final = 128
+_TIMEX_BYTES: Final = 512  # struct timex has 208
+_TIME_ERROR: Final = 5
 
 # PyDLL keeps the GIL: for a call that never waits, since giving it up costs more than it takes. A node that waits for its disk
 # and keeps it is taken for lost: its heartbeats come from another thread.
@@ -78,6 +80,12 @@ def allocate(descriptor: int, mode: int, offset: int, size: int) -> None:
 def syncfs(descriptor: int) -> None:
     """syncfs(2): everything of the file system of `descriptor` is on stable storage, or OSError. Blocks without the GIL."""
     _check(_slow_libc.syncfs(descriptor))
+
+
+def clock_is_kept() -> bool:
+    """Whether a time service keeps the clock, as far as adjtimex(2) knows."""
+    asked = ctypes.create_string_buffer(_TIMEX_BYTES)  # modes = 0: only asked
+    return bool(_slow_libc.adjtimex(asked) not in (-1, _TIME_ERROR))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -401,7 +402,7 @@ class Node:
         if peer is None:
             await self._begin_alone()
         elif self._listens:
-            await nursery.start(listen, own.address, own.port, self._visit)
+            await nursery.start(partial(listen, own.address, own.port, self._visit, peer=peer.address))
         else:
             nursery.start_soon(dial, own.address, peer.address, peer.port, self._visit)
 

@@ -21,6 +21,7 @@ from mirrorfs.channel import Channel
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.errors import LinkLostError, MirrorfsError, ProtocolError
+from mirrorfs.filtering import only_from
 from mirrorfs.reactor import Reactor
 from mirrorfs.trust import Trust
 
@@ -384,11 +385,19 @@ def _prepare(connection: socket.socket) -> None:
 
 
 async def listen(
-    address: str, port: int, visitor: Visitor, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    address: str,
+    port: int,
+    visitor: Visitor,
+    *,
+    peer: str,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Listen on `address` and nothing else, and run `visitor` for each connection; MirrorfsError if that cannot be."""
+    """Listen on `address` and nothing else, for who comes from the address `peer`, and run `visitor` for each connection;
+    MirrorfsError if that cannot be."""
     try:
         listeners = await trio.open_tcp_listeners(port, host=address)
+        for listener in listeners:
+            only_from(listener.socket, peer)
     except OSError as error:
         raise MirrorfsError(f"cannot listen on {address} port {port}: {error.strerror or error}") from error
     strangers = 0

@@ -1,6 +1,7 @@
 """The connection of two nodes, as `listen`, `dial` and `greet` make it."""
 
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ async def test_a_large_write_goes_out_in_one_piece(pair: tuple[Trust, Trust]) ->
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            await nursery.start(listen, _HOST, port, welcome)
+            await nursery.start(partial(listen, _HOST, port, welcome, peer=_HOST))
             nursery.start_soon(dial, _HOST, _HOST, port, visit)
             await greeted.wait()
             done.set()

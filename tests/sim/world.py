@@ -257,7 +257,13 @@ class World:
         return result
 
     async def _listen(
-        self, address: str, port: int, visitor: Any, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        address: str,
+        port: int,
+        visitor: Any,
+        *,
+        peer: str,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         process = running.get()
         assert isinstance(process, Process)

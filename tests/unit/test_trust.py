@@ -75,6 +75,26 @@ def test_records_in_another_order_are_refused(pair: tuple[Trust, Trust]) -> None
         server.plain(1000)
 
 
+def test_a_whole_conversation_that_was_captured_says_nothing_the_second_time(pair: tuple[Trust, Trust]) -> None:
+    server, client = channels(*pair)
+    captured = []
+    done = [False, False]
+    while not all(done):
+        done[0] = client.shake_hands()
+        captured.append(client.to_send())
+        server.arrived(captured[-1])
+        done[1] = server.shake_hands()
+        client.arrived(server.to_send())
+    captured += client.seal(b"what was said")
+    server.arrived(captured[-1])
+    assert server.plain(1000) == b"what was said"
+    again = Channel(pair[0].context(server_side=True), server_side=True)
+    for said in captured:
+        again.arrived(said)
+    with pytest.raises(ProtocolError):
+        again.shake_hands()
+
+
 @pytest.mark.parametrize("encrypted", [True, False])
 def test_any_bit_that_was_changed_on_the_way_is_noticed(pair: tuple[Trust, Trust], encrypted: bool) -> None:
     for bit in range(0, 8 * 60, 7):

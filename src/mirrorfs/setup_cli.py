@@ -1,11 +1,15 @@
-"""The commands with which two nodes come to know each other."""
+"""The commands with which machines are made ready: init, join, doctor."""
 
+import json
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mirrorfs.cli_base import Chosen, ConfigFile, NodeName
+from mirrorfs import config as configuration
+from mirrorfs.cli_base import Chosen, ConfigFile, Json, NodeName
 from mirrorfs.config import DEFAULT_PORT
 
 Address = Annotated[
@@ -61,3 +65,32 @@ def join(
     loaded = trio.run(join, parse_code(code), config or chosen.config, node or chosen.node, address)
     assert loaded.peer is not None
     print(f"joined {loaded.peer.name}: {loaded.file} is written, the nodes of {loaded.volume} know each other")
+
+
+def doctor(
+    context: typer.Context,
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="Where the volume is or will be mounted.")] = None,
+    *,
+    as_json: Json = False,
+    config: ConfigFile = None,
+    node: NodeName = None,
+) -> None:
+    """Check this machine, and its node if there is a configuration, and say what to do. Exit status 1 after an error."""
+    from mirrorfs.doctor import Grade, examine
+
+    chosen: Chosen = context.obj
+    file = configuration.find_if_any(config or chosen.config)
+    loaded = None if file is None else configuration.load(file, node or chosen.node)
+    failed = False
+    for finding in examine(loaded, path):
+        failed |= finding.grade is Grade.BAD
+        if as_json:
+            print(json.dumps(asdict(finding) | {"grade": finding.grade.value}), flush=True)
+            continue
+        print(f"{finding.grade.value:8} {finding.about}: {finding.found}", flush=True)
+        if finding.grade is not Grade.GOOD:
+            print(f"{'':8} -> {finding.advice}", flush=True)
+    if loaded is None and not as_json:
+        print(f"{'':8} no configuration here: only the machine was looked at (`mirrorfs init` makes one)")
+    if failed:
+        raise typer.Exit(1)
