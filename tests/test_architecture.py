@@ -24,6 +24,7 @@ ORDER = [
     "lab",
     "controller",
     "joining",
+    "support",
     "doctor",
     "failover",
     "application",

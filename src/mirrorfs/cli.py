@@ -32,7 +32,7 @@ from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
 from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, preview, say, switchover
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
-from mirrorfs.setup_cli import doctor, init, join
+from mirrorfs.setup_cli import doctor, init, join, support
 
 if TYPE_CHECKING:
     from mirrorfs.lost import LostStore
@@ -64,7 +64,7 @@ app.add_typer(lost_app, name="lost")
 app.add_typer(lab_app, name="lab")
 app.command()(demo)
 app.command()(bench)
-for _command in (init, join, doctor, switchover, maintenance, controller):
+for _command in (init, join, doctor, support, switchover, maintenance, controller):
     app.command()(_command)
 app.command("make-key")(make_key)
 

@@ -1,7 +1,8 @@
-"""The commands with which machines are made ready: init, join, doctor."""
+"""The commands with which machines are made ready, and looked at: init, join, doctor, support."""
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mirrorfs import config as configuration
-from mirrorfs.cli_base import Chosen, ConfigFile, Json, NodeName
+from mirrorfs.cli_base import Chosen, ConfigFile, Json, NodeName, load
 from mirrorfs.config import DEFAULT_PORT
 
 Address = Annotated[
@@ -94,3 +95,25 @@ def doctor(
         print(f"{'':8} no configuration here: only the machine was looked at (`mirrorfs init` makes one)")
     if failed:
         raise typer.Exit(1)
+
+
+def support(
+    context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Default: mirrorfs-support-NODE-TIME.tar.gz here.")
+    ] = None,
+    *,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the mount's output goes. Default: systemd's journal.")
+    ] = None,
+    config: ConfigFile = None,
+    node: NodeName = None,
+) -> None:
+    """Put what somebody who helps has to see into one archive: no keys, no passwords, nothing of the volume's files."""
+    from mirrorfs.support import collect
+
+    loaded = load(context, config, node)
+    target = file or Path(f"mirrorfs-support-{loaded.node.name}-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
+    for part in collect(loaded, target, log=log):
+        print(part)
+    print(f"{target} is written: look into it before you send it")
