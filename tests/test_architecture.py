@@ -77,6 +77,7 @@ ORDER = [
     "peer",
     "channel",
     "trust",
+    "systemd",
     "filtering",
     "reactor",
     "strand",

@@ -122,7 +122,7 @@ def _before_the_command(
 @app.command()
 def mount(
     context: typer.Context,
-    path: MountPoint,
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="Default: the configuration's `mount`.")] = None,
     *,
     backing: Annotated[
         Path | None,
@@ -136,13 +136,16 @@ def mount(
 ) -> None:
     """Mount the volume on PATH and mirror it, in the foreground."""
     loaded = load(context, config, node)
+    place = path or loaded.mount
+    if place is None:
+        raise UsageError(f'where? Give PATH, or write mount = "/data" into {loaded.file}')
     if backing is not None:
         loaded = configuration.with_backing(loaded, backing)
     configure_logging()
 
     from mirrorfs.daemon import run
 
-    run(loaded, path, discard_local_data=discard_local_data)
+    run(loaded, place, discard_local_data=discard_local_data)
 
 
 @app.command()

@@ -88,6 +88,8 @@ class Config:
     arbiter: ArbiterConfig = field(default_factory=ArbiterConfig)
     failover: FailoverConfig | None = None
     session: Literal["kernel", "pyfuse3"] = "kernel"
+    #: Where the volume is mounted if the command does not say; None: it has to.
+    mount: Path | None = None
     #: Whether what the nodes say can be read by nobody else; that it is authentic is so in any case.
     encrypted: bool = True
     #: What has to be the same on both nodes, as one text for each key.
@@ -107,8 +109,7 @@ def find(explicit: Path | None, directory: Path = DIRECTORY) -> Path:
     file = find_if_any(explicit, directory)
     if file is None:
         raise ConfigError(
-            f"{directory}: no configuration here (*.toml), write one (examples/mirrorfs.toml is a sample to begin with) "
-            "or give --config FILE"
+            f"{directory}: no configuration here (*.toml), make one with `mirrorfs init` (or `join`) or give --config FILE"
         )
     return file
 
@@ -139,6 +140,7 @@ def load(file: Path, node: str | None = None) -> Config:
     if not _VOLUME.fullmatch(volume):
         raise top.error("volume", f"{shown(volume)} is not a name, use 1 to 32 of A-Z a-z 0-9 _ -")
     named_in_file = top.take("node", str)
+    mount = top.take_path("mount")
     backing = top.take_path("backing")
     session = _read_session(top)
     parts = top.take_table("nodes")
@@ -170,6 +172,7 @@ def load(file: Path, node: str | None = None) -> Config:
         file=file.absolute(),
         volume=volume,
         session=session,
+        mount=mount,
         node=nodes[own],
         peer=peer,
         replication=ReplicationConfig() if replication is None else _read_replication(replication),
@@ -194,7 +197,7 @@ def _read_session(top: Table) -> Literal["kernel", "pyfuse3"]:
 
 def _shared(content: dict[str, Any]) -> dict[str, str]:
     """The file less what each machine may have in its own way: who it is, and where its files and sockets are."""
-    own = re.compile(r"node|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller|keys)|failover\.key_file")
+    own = re.compile(r"node|mount|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller|keys)|failover\.key_file")
     return {key: text for key, text in failover_config.flatten(content).items() if not own.fullmatch(key)}
 
 

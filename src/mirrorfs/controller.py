@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-from mirrorfs import backing, control
+from mirrorfs import backing, control, systemd
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfigError
 from mirrorfs.failover import Controller
@@ -57,6 +57,8 @@ async def _run(config: Config, key: bytes) -> None:
         await nursery.start(control.serve, config.node.controller, controller.on_command)
         await nursery.start(controller.run)
         log.info("the controller of %s runs", config.node.name)
+        systemd.notify("READY=1")
+        nursery.start_soon(systemd.show_life)
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async for _ in signals:
                 break

@@ -1,17 +1,15 @@
 """The composition root of `mirrorfs mount`: the lock, the mount, the control socket, signals, and a `Node` between them."""
 
-import contextlib
 import logging
 import os
 import resource
 import signal
-import socket
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from mirrorfs import backing, control
+from mirrorfs import backing, control, systemd
 from mirrorfs.activity import Activity
 from mirrorfs.arbitration import arbiter_of
 from mirrorfs.config import Config
@@ -83,9 +81,10 @@ class Daemon:
         if self._config.peer is not None:
             nursery.start_soon(self._keep_certificates, node)
         await node.begin(nursery)
-        _notify_systemd("READY=1")
+        systemd.notify("READY=1")
+        nursery.start_soon(systemd.show_life)
         await self._stop.wait()
-        _notify_systemd("STOPPING=1")
+        systemd.notify("STOPPING=1")
         await node.finish()
         await node.arbitration.aclose()
 
@@ -175,15 +174,6 @@ class Daemon:
             ) from error
         self._stop.set()
         return f"{self._path} is unmounted"
-
-
-def _notify_systemd(state: str) -> None:
-    """sd_notify(3), where systemd waits for it."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
-        sender.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def run(config: Config, path: Path, *, discard_local_data: bool) -> None:

@@ -82,7 +82,7 @@ def _check(body: bytes) -> bytes:
 # ---- the first node
 
 
-def prepare(volume: str, file: Path | None, node: str | None, address: str | None, port: int) -> Config:
+def prepare(volume: str, file: Path | None, node: str | None, address: str | None, port: int, mount: Path | None) -> Config:
     """The configuration of the first node, made if there is none; its keys are made too.
 
     Raises ConfigError for a file that is there and wrong, UsageError if the address is not known, MirrorfsError.
@@ -94,6 +94,7 @@ def prepare(volume: str, file: Path | None, node: str | None, address: str | Non
             "# Made by `mirrorfs init`; the same on both nodes, but for `node`. All keys: docs/CONFIGURATION.md",
             f"volume = {_toml(volume)}",
             f"node = {_toml(name)}",
+            *([f"mount = {_toml(str(mount))}"] if mount else []),
             "",
             f"[nodes.{_toml(name)}]",
             f"address = {_toml(address or _only_address())}",

@@ -22,6 +22,9 @@ def init(
     context: typer.Context,
     volume: Annotated[str, typer.Argument(metavar="NAME", help="Of the volume: 1 to 32 of A-Z a-z 0-9 _ -")],
     *,
+    mount: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where both nodes mount it if `mirrorfs mount` does not say.")
+    ] = None,
     address: Address = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="On which the other node connects.")] = DEFAULT_PORT,
     minutes: Annotated[float, typer.Option(min=0.1, max=1440, help="So long the code is good.")] = 15,
@@ -34,7 +37,7 @@ def init(
     from mirrorfs.joining import Invitation, prepare
 
     chosen: Chosen = context.obj
-    invitation = Invitation(prepare(volume, config or chosen.config, node or chosen.node, address, port))
+    invitation = Invitation(prepare(volume, config or chosen.config, node or chosen.node, address, port, mount))
 
     async def wait() -> None:
         async with trio.open_nursery(strict_exception_groups=False) as nursery:
@@ -83,7 +86,7 @@ def doctor(
     file = configuration.find_if_any(config or chosen.config)
     loaded = None if file is None else configuration.load(file, node or chosen.node)
     failed = False
-    for finding in examine(loaded, path):
+    for finding in examine(loaded, path or (loaded.mount if loaded else None)):
         failed |= finding.grade is Grade.BAD
         if as_json:
             print(json.dumps(asdict(finding) | {"grade": finding.grade.value}), flush=True)

@@ -133,7 +133,7 @@ async def test_the_help_names_every_command() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["bogus"], ["status", "--bogus"], ["mount"], ["release"], ["status", "--config"], ["promote", "here"]],
+    [["bogus"], ["status", "--bogus"], ["init"], ["release"], ["status", "--config"], ["promote", "here"]],
 )
 async def test_a_wrong_command_line_ends_with_2_and_no_traceback(arguments: Sequence[str]) -> None:
     status, out, err = await mirrorfs(*arguments)

@@ -200,8 +200,8 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         ("volme = 1\n" + TWO, "volme: unknown key, did you mean volume?"),
         (
             '"a\\nb" = 1\n' + TWO,
-            r'"a\nb": unknown key, remove it (known here: volume, node, backing, session, nodes, replication, resync, verify, '
-            "security, arbiter, failover, vip, service)",
+            r'"a\nb": unknown key, remove it (known here: volume, node, mount, backing, session, nodes, replication, resync, '
+            "verify, security, arbiter, failover, vip, service)",
         ),
         (
             'volume = "v"\n',
@@ -481,8 +481,8 @@ def test_find_says_how_to_begin_when_there_is_none(tmp_path: Path, directory: st
     with pytest.raises(ConfigError) as caught:
         config.find(None, tmp_path / directory)
     assert str(caught.value) == (
-        f"{tmp_path / directory}: no configuration here (*.toml), write one (examples/mirrorfs.toml is a sample to begin "
-        "with) or give --config FILE"
+        f"{tmp_path / directory}: no configuration here (*.toml), make one with `mirrorfs init` (or `join`) "
+        "or give --config FILE"
     )
     assert config.find_if_any(None, tmp_path / directory) is None
 
