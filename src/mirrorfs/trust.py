@@ -17,6 +17,7 @@ import logging
 import os
 import ssl
 import stat
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +46,7 @@ class Trust:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._renewing = threading.Lock()  # a connection and the daily look may come together
 
     @property
     def identity(self) -> Path:
@@ -98,7 +100,10 @@ class Trust:
 
     def renew(self, *, now: datetime.datetime | None = None) -> bool:
         """Make a new certificate for the link if there is none or a third of its time has passed; False if not."""
-        now = now or datetime.datetime.now(datetime.UTC)
+        with self._renewing:
+            return self._renew(now or datetime.datetime.now(datetime.UTC))
+
+    def _renew(self, now: datetime.datetime) -> bool:
         with contextlib.suppress(OSError, ValueError):
             if (self.link_until() - now).days >= LINK_DAYS * 2 // 3:
                 return False
@@ -247,7 +252,7 @@ def _public(certificate: x509.Certificate) -> bytes:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Replace a file as a whole, durably."""
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, mode)

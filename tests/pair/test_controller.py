@@ -301,9 +301,9 @@ def test_with_another_configuration_on_the_other_node_nothing_happens_by_itself(
     assert site.posture("two") in ("idle", "taking")
 
 
-def test_a_controller_without_its_key_says_what_to_do(make_cluster: Callable[..., Cluster]) -> None:
+def test_a_controller_without_its_keys_says_what_to_do(make_cluster: Callable[..., Cluster]) -> None:
     site = make_cluster(start=False)
-    Path(f"{site.lab.dir}.key").rename(f"{site.lab.dir}.key.away")
-    with pytest.raises(MirrorfsError, match="make-key"):
+    site.lab.one.keys.rename(site.lab.one.home / "away")
+    with pytest.raises(MirrorfsError, match="mirrorfs init"):
         site.start_controller("one")
-    Path(f"{site.lab.dir}.key.away").rename(f"{site.lab.dir}.key")
+    (site.lab.one.home / "away").rename(site.lab.one.keys)

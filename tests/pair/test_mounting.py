@@ -17,6 +17,7 @@ import pytest
 
 from mirrorfs import backing, control
 from mirrorfs.errors import ControlError
+from mirrorfs.lab.configuration import acquaint
 from mirrorfs.lab.pair import wait_for
 
 pytestmark = pytest.mark.root
@@ -410,7 +411,9 @@ def test_the_exit_status_says_what_kind_of_failure_it_was(node: Node, tmp_path: 
 
 
 def test_an_address_that_is_not_this_machines_is_one_clear_line_and_leaves_no_mount(node: Node) -> None:
-    text = node.config.read_text().replace("127.0.0.1", "192.0.2.1")
+    keys = node.room / "keys"
+    acquaint(keys, node.room / "other" / "keys")
+    text = node.config.read_text().replace('"127.0.0.1"', f'"192.0.2.1"\nkeys = "{keys}"')
     node.config.write_text(text + '[nodes.two]\naddress = "192.0.2.2"\n')
     done = node.run("mount", node.path)
     assert done.returncode == 1

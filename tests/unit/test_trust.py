@@ -2,6 +2,7 @@
 
 import datetime
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,12 @@ def test_a_certificate_is_made_anew_long_before_it_ends_and_its_end_is_told(pair
     assert one.warning(now=now() + (LINK_DAYS - WARN_DAYS - 1) * DAY) == ""
     assert "link.pem" in one.warning(now=now() + (LINK_DAYS - WARN_DAYS + 1) * DAY)
     assert one.renew(now=now() + (LINK_DAYS // 3 + 1) * DAY)
+
+
+def test_a_certificate_is_made_once_by_several_who_come_together(pair: tuple[Trust, Trust]) -> None:
+    with ThreadPoolExecutor(8) as executor:
+        assert sum(executor.map(lambda _: pair[0].renew(), range(32))) == 1
+    assert sorted(path.name for path in pair[0].directory.iterdir()) == ["identity.key", "identity.pem", "link.pem", "peer.pem"]
 
 
 def test_keys_are_for_their_owner_only(pair: tuple[Trust, Trust]) -> None:
