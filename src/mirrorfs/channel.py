@@ -61,9 +61,8 @@ class Channel:
 
     # ---- what is said
 
-    def seal(self, *parts: bytes | bytearray | memoryview) -> list[bytes]:
-        """What has to go out to say this; `lock` is held."""
-        sealed: list[bytes] = []
+    def seal(self, *parts: bytes | bytearray | memoryview) -> Iterator[bytes]:
+        """What has to go out to say this, piece by piece, to be sent as it comes; `lock` is held meanwhile."""
         write, to_wire = self._tls.write, self._to_wire
         if sum(map(len, parts)) <= _RECORD:
             parts = (b"".join(parts),)
@@ -72,10 +71,9 @@ class Channel:
             while left:
                 left = left[write(left) :]
                 if to_wire.pending >= _PIECE:
-                    sealed.append(to_wire.read())
+                    yield to_wire.read()
         if to_wire.pending:
-            sealed.append(to_wire.read())
-        return sealed
+            yield to_wire.read()
 
     @property
     def room(self) -> memoryview:

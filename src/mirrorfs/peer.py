@@ -7,6 +7,7 @@ says since when it has been busy.
 """
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _GREETING_TIMEOUT_S: Final = 5.0
 _MAX_STRANGERS: Final = 16
+#: How often it is told that there are more.
+_TELL_S: Final = 60.0
 _REDIAL_S: Final = 0.3
 #: The kernel takes several large writes at once.
 _SOCKET_BUFFER: Final = 4 << 20
@@ -400,10 +403,10 @@ async def listen(
             only_from(listener.socket, peer)
     except OSError as error:
         raise MirrorfsError(f"cannot listen on {address} port {port}: {error.strerror or error}") from error
-    strangers = 0
+    strangers, refused, told_at = 0, 0, -math.inf
 
     async def serve(stream: trio.SocketStream) -> None:
-        nonlocal strangers
+        nonlocal strangers, refused, told_at
         try:
             host, *_ = stream.socket.getpeername()
             connection = socket.socket(fileno=stream.socket.detach())
@@ -412,7 +415,10 @@ async def listen(
         strangers += 1
         try:
             if strangers > _MAX_STRANGERS:
-                log.warning("%s: too many connections at once; this one is refused", host)
+                refused += 1
+                if trio.current_time() - told_at >= _TELL_S:
+                    told_at = trio.current_time()
+                    log.warning("%s: too many connections at once, %d refused since the start", host, refused)
                 return
             _prepare(connection)
             await visitor(connection, str(host))
