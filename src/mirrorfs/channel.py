@@ -98,10 +98,10 @@ class Channel:
                     size: int = read(len(space), space)  # type: ignore[assignment]  # typeshed: it is bytes without a buffer
             except ssl.SSLWantReadError:
                 return
-            except ssl.SSLZeroReturnError:
-                raise LinkLostError("the connection was closed") from None
             except ssl.SSLError as error:
                 raise ProtocolError(_reason(error)) from None
+            if not size:
+                raise LinkLostError("the connection was closed")
             yield from decoder.received(size)
 
     def plain(self, size: int) -> bytes:
@@ -110,8 +110,6 @@ class Channel:
             return self._tls.read(size)
         except ssl.SSLWantReadError:
             return b""
-        except ssl.SSLZeroReturnError:
-            raise ProtocolError("the connection ended inside the greeting") from None
         except ssl.SSLError as error:
             raise ProtocolError(_reason(error)) from None
 

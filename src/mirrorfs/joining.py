@@ -101,8 +101,9 @@ def prepare(volume: str, file: Path | None, node: str | None, address: str | Non
         ]
         if port != configuration.DEFAULT_PORT:
             lines.append(f"port = {port}")
-        _write(path, "\n".join(lines) + "\n")
-    loaded = configuration.load(path, node)
+        loaded = _write_and_load(path, "\n".join(lines) + "\n", name)
+    else:
+        loaded = configuration.load(path, node)
     if loaded.volume != volume:
         raise ConfigError(f"{path}: is of the volume {loaded.volume!r}, not of {volume!r}")
     Trust(loaded.node.keys).make(loaded.node.name)
@@ -258,8 +259,9 @@ async def join(code: Code, file: Path | None, node: str | None, address: str | N
     if "error" in answer:
         raise MirrorfsError(f"{code.address}: {answer['error']}")
     if not path.exists():
-        _write(path, f"node = {_toml(name)}\n" + _NODE_KEY.sub("", str(answer["config"]), count=1))
-    loaded = configuration.load(path, name)
+        loaded = _write_and_load(path, f"node = {_toml(name)}\n" + _NODE_KEY.sub("", str(answer["config"]), count=1), name)
+    else:
+        loaded = configuration.load(path, name)
     if loaded.peer is None or loaded.peer.name != answer["node"]:
         raise ConfigError(f"{path}: the other node is named {answer['node']!r}, add it as [nodes.{_toml(str(answer['node']))}]")
     Trust(loaded.node.keys).pin(str(answer["identity"]).encode())
@@ -305,6 +307,16 @@ def _only_address() -> str:
 def _toml(text: str) -> str:
     # A JSON string is a TOML string, as long as no surrogate pairs are written.
     return json.dumps(text, ensure_ascii=False)
+
+
+def _write_and_load(path: Path, text: str, node: str) -> Config:
+    """A file that is new: it stays only if it is one."""
+    _write(path, text)
+    try:
+        return configuration.load(path, node)
+    except ConfigError:
+        path.unlink()
+        raise
 
 
 def _write(path: Path, text: str) -> None:

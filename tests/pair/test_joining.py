@@ -174,6 +174,16 @@ def test_a_code_ends_by_itself(lab: Lab, tmp_path: Path) -> None:
     assert "no node has joined within 0.1 minutes" in said
 
 
+@pytest.mark.parametrize(("volume", "address"), [("no name", "10.77.0.1"), ("v", "no address")])
+def test_a_wrong_name_or_address_is_told_and_leaves_no_file(lab: Lab, tmp_path: Path, volume: str, address: str) -> None:
+    file = tmp_path / "one.toml"
+    command = _mirrorfs(lab.one, "init", volume, "--node", "one", "--address", address, "--config", str(file))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("mistake", ["", "mfs1", "mfs1abc", "hello"])
 def test_what_is_no_code_is_told(lab: Lab, tmp_path: Path, mistake: str) -> None:
     done = _join(lab.two, mistake, tmp_path / "two.toml")

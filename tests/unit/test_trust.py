@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirrorfs.channel import Channel
-from mirrorfs.errors import ConfigError, MirrorfsError, ProtocolError
+from mirrorfs.errors import ConfigError, LinkLostError, MirrorfsError, ProtocolError
 from mirrorfs.lab.configuration import acquaint
 from mirrorfs.trust import LINK_DAYS, WARN_DAYS, Trust
 
@@ -53,6 +53,18 @@ def test_two_nodes_that_trust_each_other_talk(pair: tuple[Trust, Trust], encrypt
     assert (secret in sealed) is not encrypted
     server.arrived(sealed)
     assert server.plain(1000) == secret
+
+
+@pytest.mark.parametrize("more", [b"", b"and more"])
+def test_who_says_that_he_will_say_no_more_ends_the_link(pair: tuple[Trust, Trust], more: bytes) -> None:
+    server, client = channels(*pair)
+    shake_hands(server, client)
+    with pytest.raises(ssl.SSLWantReadError):
+        client._tls.unwrap()
+    said = client.to_send() + more
+    server.room[: len(said)] = said
+    with pytest.raises(LinkLostError, match="closed"):
+        list(server.received(len(said)))
 
 
 @pytest.mark.parametrize("encrypted", [True, False])
