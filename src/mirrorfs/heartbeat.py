@@ -1,4 +1,4 @@
-"""The heartbeats between the two controllers: one UDP socket for each network, and the key that makes them authentic.
+"""The heartbeats between the two controllers: one UDP socket for each network, and the key that protects them.
 
 What counts as heard is decided in `core.beats`. A network that is down, or that has not come up yet, is told in the log and in
 `Heartbeats.networks`, and raises nothing. Nothing is ever sent to anybody but the other node's configured addresses.
@@ -272,7 +272,7 @@ class Heartbeats:
             content=content,
         )
         try:
-            return beats.encode(beat, self._key)
+            return beats.encode(beat, self._key, secrets.token_bytes(beats.NONCE_BYTES))
         except BeatError as error:
             if not content:
                 raise

@@ -1,8 +1,8 @@
 """The datagrams that two failover controllers send each other, and what counts as having heard the other one.
 
-A datagram is a magic, a version, a msgpack body and an HMAC-SHA256 over all of it with the key that both nodes share. That says
-who made it, not when: anybody on the network may keep it and send it again. So a beat counts only if it is known to have been
-made after this controller began to listen, and only once.
+A datagram is a magic, a version, a random nonce, and a msgpack body that is encrypted and authenticated (ChaCha20-Poly1305)
+with the key that both nodes share. That says who made it, not when: anybody on the network may keep it and send it again. So a
+beat counts only if it is known to have been made after this controller began to listen, and only once.
 
 - Every process has a random *session* and numbers its beats. What it receives it *echoes*: a beat that echoes our session was
   made after we began. A beat that does not is a greeting: it tells us what to echo, and nothing else.
@@ -17,7 +17,6 @@ place of the real peer. There is room for a few of them; the oldest goes first.
 What this does not tell: whether a beat that arrives for the first time was held back on its way.
 """
 
-import hmac
 import struct
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -25,11 +24,13 @@ from math import inf, isfinite
 from typing import Any, Final, NamedTuple
 
 import msgpack
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from mirrorfs.errors import MirrorfsError
 
 MAGIC: Final = b"mfs-beat"
-VERSION: Final = 1
+VERSION: Final = 2
 #: Fits into one packet of any network, IPv6 and tunnels included.
 MAX_DATAGRAM_BYTES: Final = 1200
 #: Content of this length in msgpack always fits, whatever the names are and however many sessions are echoed.
@@ -41,7 +42,11 @@ MAX_NETWORKS: Final = 16
 MAX_CANDIDATES: Final = 6
 
 _HEAD: Final = struct.Struct("<8sH")
-_TAG_BYTES: Final = 32
+#: Random, and never used twice with a key: two of 2^32 beats, those of seventeen years, meet by a chance of 2^-33.
+NONCE_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_BODY_AT: Final = _HEAD.size + NONCE_BYTES
+_LEAST_BYTES: Final = _BODY_AT + _TAG_BYTES
 _LARGEST: Final = 1 << 63
 _MAX_NAME: Final = 255
 _MAX_DEPTH: Final = 8
@@ -80,8 +85,8 @@ class Beat:
     content: dict[str, Any]
 
 
-def encode(beat: Beat, key: bytes) -> bytes:
-    """The datagram of `beat`; BeatError if its content is not plain or too long."""
+def encode(beat: Beat, key: bytes, nonce: bytes) -> bytes:
+    """The datagram of `beat`; BeatError if its content is not plain or too long. `nonce` is random for each."""
     assert len(key) == KEY_BYTES
     if not _is_plain(beat.content):
         raise BeatError("what the controller wants to say is more than plain values")
@@ -96,38 +101,36 @@ def encode(beat: Beat, key: bytes) -> bytes:
         beat.content,
     )
     try:
-        signed = _HEAD.pack(MAGIC, VERSION) + bytes(msgpack.packb(fields))
+        body = bytes(msgpack.packb(fields))
     except ValueError as error:  # a lone surrogate in a text
         raise BeatError(f"what the controller wants to say cannot be sent: {error}") from None
-    if (length := len(signed) + _TAG_BYTES) > MAX_DATAGRAM_BYTES:
+    if (length := _LEAST_BYTES + len(body)) > MAX_DATAGRAM_BYTES:
         raise BeatError(
             f"what the controller wants to say is too long: {length} bytes in a datagram of {MAX_DATAGRAM_BYTES} at most"
         )
-    return signed + _tag(signed, key)
+    head = _HEAD.pack(MAGIC, VERSION)
+    return head + nonce + ChaCha20Poly1305(key).encrypt(nonce, body, head)
 
 
 def decode(datagram: bytes, key: bytes, *, volume: str, sender: str) -> Beat:
     """The beat in `datagram`; BeatError, with what is wrong, if it is none of `sender` for `volume` made with `key`."""
     assert len(key) == KEY_BYTES
-    if not _HEAD.size + _TAG_BYTES < len(datagram) <= MAX_DATAGRAM_BYTES or not datagram.startswith(MAGIC):
+    if not _LEAST_BYTES < len(datagram) <= MAX_DATAGRAM_BYTES or not datagram.startswith(MAGIC):
         raise BeatError("not a heartbeat of a mirrorfs controller")
-    signed, tag = datagram[:-_TAG_BYTES], datagram[-_TAG_BYTES:]
-    # Before anything else is looked at. That the tag stands last and covers the rest is so in every version.
-    if not hmac.compare_digest(tag, _tag(signed, key)):
-        raise BeatError("damaged, or made with another key: both nodes need the same key file")
-    _, version = _HEAD.unpack_from(signed)
+    _, version = _HEAD.unpack_from(datagram)
     if version != VERSION:
         raise BeatError(f"a heartbeat of version {version}, this is version {VERSION}: install the same on both nodes")
-    beat = _read(signed[_HEAD.size :])
+    head, nonce, sealed = datagram[: _HEAD.size], datagram[_HEAD.size : _BODY_AT], datagram[_BODY_AT:]
+    try:
+        body = ChaCha20Poly1305(key).decrypt(nonce, sealed, head)
+    except InvalidTag:
+        raise BeatError("damaged, or made with another key: have the two nodes joined each other?") from None
+    beat = _read(body)
     if beat.volume != volume:
         raise BeatError(f"a heartbeat of the volume {beat.volume!r}, this is {volume!r}: give each volume its own port and key")
     if beat.sender != sender:
         raise BeatError(f"a heartbeat of the node {beat.sender!r}, the other node is {sender!r}")
     return beat
-
-
-def _tag(signed: bytes, key: bytes) -> bytes:
-    return hmac.digest(key, signed, "sha256")
 
 
 def _read(body: bytes) -> Beat:
