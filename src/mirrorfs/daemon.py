@@ -103,7 +103,7 @@ class Daemon:
             try:
                 if await trio.to_thread.run_sync(node.trust.renew):
                     log.info("the certificate of the link is made anew")
-            except (OSError, MirrorfsError) as error:
+            except MirrorfsError as error:
                 log.error("the certificate of the link cannot be made anew: %s", error)
             node.warning = node.trust.warning()
             if node.warning:

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import re
 import secrets
 import socket
@@ -28,7 +27,7 @@ from pyroute2 import IPRoute
 from mirrorfs import config as configuration
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfigError, MirrorfsError, UsageError
-from mirrorfs.trust import Trust, fingerprint
+from mirrorfs.trust import Trust, fingerprint, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +161,12 @@ class Invitation:
                 answer = self._answer(json.loads(await _line(stream)), str(host))
                 await stream.send_all(json.dumps(answer).encode() + b"\n")
                 await stream.aclose()
-            if self.joined or self._wrong >= _MAX_WRONG:
-                self._done.set()
         except (trio.TooSlowError, trio.BrokenResourceError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("%s: wanted to join, and made no sense: %r", host, error)
         finally:
             self._guests -= 1
+            if self.joined or self._wrong >= _MAX_WRONG:
+                self._done.set()  # also if the answer did not arrive: the code was used
             await trio.aclose_forcefully(stream)
 
     def _answer(self, asked: dict[str, Any], host: str) -> dict[str, Any]:
@@ -321,13 +320,8 @@ def _write_and_load(path: Path, text: str, node: str) -> Config:
 
 def _write(path: Path, text: str) -> None:
     """Put a file there as a whole, durably; MirrorfsError if that cannot be."""
-    fresh = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_durably(path, text.encode(), 0o644)
     except OSError as error:
         raise MirrorfsError(f"{path}: cannot be written ({error.strerror}), are you root?") from None

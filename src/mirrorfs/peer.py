@@ -312,10 +312,9 @@ async def greet(
 ) -> tuple[dict[str, Any], Channel]:
     """Shake hands, say preamble and HELLO, and return the other's HELLO; raises ProtocolError or LinkLostError."""
     try:
-        context = trust.context(server_side=server_side, encrypted=encrypted)
-    except OSError as error:
-        raise ProtocolError(f"the keys in {trust.directory} cannot be used: {error}") from None
-    channel = Channel(context, server_side=server_side)
+        channel = Channel(trust.context(server_side=server_side, encrypted=encrypted), server_side=server_side)
+    except MirrorfsError as error:  # nobody comes in without keys, and the node goes on
+        raise ProtocolError(str(error)) from None
     try:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection.dup()))
     except OSError as error:

@@ -82,8 +82,8 @@ class Trust:
         )
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(self._key, _private(key), _OWNER_ONLY)
-            _write(self.identity, _public(certificate), 0o644)  # last: what counts is there with all that it needs
+            write_durably(self._key, _private(key), _OWNER_ONLY)
+            write_durably(self.identity, _public(certificate), 0o644)  # last: what counts is there with all that it needs
         except OSError as error:
             raise MirrorfsError(f"{self.directory}: keys cannot be made ({error.strerror}), are you root?") from None
 
@@ -96,12 +96,18 @@ class Trust:
                 raise ValueError("its key is of another kind")
         except Exception as error:
             raise MirrorfsError(f"this is no identity of a node: {error}") from None
-        _write(self.peer, _public(found), 0o644)
+        write_durably(self.peer, _public(found), 0o644)
 
     def renew(self, *, now: datetime.datetime | None = None) -> bool:
-        """Make a new certificate for the link if there is none or a third of its time has passed; False if not."""
-        with self._renewing:
-            return self._renew(now or datetime.datetime.now(datetime.UTC))
+        """Make a new certificate for the link if there is none or a third of its time has passed; False if not.
+
+        Raises MirrorfsError if it cannot be made.
+        """
+        try:
+            with self._renewing:
+                return self._renew(now or datetime.datetime.now(datetime.UTC))
+        except (OSError, ValueError) as error:
+            raise MirrorfsError(f"{self._link}: cannot be made ({error})") from None
 
     def _renew(self, now: datetime.datetime) -> bool:
         with contextlib.suppress(OSError, ValueError):
@@ -118,7 +124,7 @@ class Trust:
             )
             .sign(self._identity_key(), hashes.SHA256())
         )
-        _write(self._link, _private(key) + _public(certificate), _OWNER_ONLY)
+        write_durably(self._link, _private(key) + _public(certificate), _OWNER_ONLY)
         return True
 
     # ---- using
@@ -134,8 +140,19 @@ class Trust:
         self._identity_key()
 
     def context(self, *, server_side: bool, encrypted: bool = True) -> ssl.SSLContext:
-        """What both ends of a link use: TLS 1.3, with certificates asked of both. Raises OSError (ssl.SSLError is one)."""
-        self.renew()
+        """What both ends of a link use: TLS 1.3, certificates asked of both. Raises MirrorfsError if the keys will not do."""
+        try:
+            self.renew()
+        except MirrorfsError:
+            if not self._link.exists():
+                raise
+            # The present one may be good for weeks: `Daemon` tells what is wrong.
+        try:
+            return self._context(server_side=server_side, encrypted=encrypted)
+        except OSError as error:  # ssl.SSLError is one
+            raise MirrorfsError(f"the keys in {self.directory} cannot be used: {error}") from None
+
+    def _context(self, *, server_side: bool, encrypted: bool) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False  # the identity is the name
         context.verify_mode = ssl.CERT_REQUIRED
@@ -250,8 +267,8 @@ def _public(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Replace a file as a whole, durably."""
+def write_durably(path: Path, content: bytes, mode: int) -> None:
+    """Put a file there as a whole, in place of what was there; OSError if that cannot be."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as file:

@@ -178,6 +178,28 @@ def test_a_certificate_is_made_once_by_several_who_come_together(pair: tuple[Tru
     assert sorted(path.name for path in pair[0].directory.iterdir()) == ["identity.key", "identity.pem", "link.pem", "peer.pem"]
 
 
+@pytest.mark.parametrize("harm", ["unreadable", "another mode", "gone"])
+def test_a_certificate_that_cannot_be_made_anew_does_not_take_the_present_one_away(
+    pair: tuple[Trust, Trust], harm: str
+) -> None:
+    one, two = pair
+    one.renew(now=now() - (LINK_DAYS // 3 + 1) * DAY)
+    identity, key = one.identity, one.directory / "identity.key"
+    match harm:
+        case "unreadable":
+            identity.write_text("no certificate")
+        case "another mode":
+            key.chmod(0o644)
+        case _:
+            key.unlink()
+    with pytest.raises(MirrorfsError):
+        one.renew()
+    shake_hands(*channels(one, two))
+    (one.directory / "link.pem").unlink()
+    with pytest.raises(MirrorfsError):
+        one.context(server_side=True)
+
+
 def test_keys_are_for_their_owner_only(pair: tuple[Trust, Trust]) -> None:
     one, _ = pair
     one.renew()

@@ -17,7 +17,6 @@ from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
 VERSION: Final = 7
-#: How the bytes after the preamble are protected; 0 is not at all.
 PREAMBLE: Final = struct.Struct("<8sHHI")
 HEADER: Final = struct.Struct("<IBBHQQQ")
 HEADER_SIZE: Final = HEADER.size
