@@ -101,6 +101,7 @@ def _documents(root: Path) -> None:
     shutil.copy(_PROJECT / "README.md", documents)
     shutil.copytree(_PROJECT / "docs", documents / "docs")
     shutil.copytree(_PROJECT / "examples", documents / "examples")
+    shutil.copytree(_PROJECT / "packaging" / "monitoring", documents / "monitoring")
 
 
 def _control(root: Path, version: str, architecture: str) -> None:

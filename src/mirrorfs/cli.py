@@ -28,6 +28,7 @@ from mirrorfs.cli_base import (
     load,
 )
 from mirrorfs.config import Config
+from mirrorfs.console_cli import app as console_app
 from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
 from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, preview, say, switchover
 from mirrorfs.lab.cli import app as lab_app
@@ -61,6 +62,7 @@ lost_app = typer.Typer(
     help="Versions of files that are kept aside on this node, also while it does not run.", no_args_is_help=True
 )
 app.add_typer(lost_app, name="lost")
+app.add_typer(console_app, name="console")
 app.add_typer(lab_app, name="lab")
 app.command()(demo)
 app.command()(bench)

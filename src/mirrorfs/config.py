@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from mirrorfs import failover_config
 from mirrorfs.core.beats import MAX_NETWORKS
 from mirrorfs.errors import ConfigError
-from mirrorfs.failover_config import ArbiterConfig, FailoverConfig
+from mirrorfs.failover_config import ArbiterConfig, ConsoleConfig, FailoverConfig
 from mirrorfs.toml_table import Table, key_in_words, read, shown
 
 DIRECTORY = Path("/etc/mirrorfs")
@@ -33,7 +33,8 @@ class NodeConfig:
     """One node's part. Paths are absolute; `backing` is None for a volume that lies in place, under its mount point.
 
     `control` is the socket of its mount, `controller` that of its controller, `heartbeats` are its addresses on all the
-    networks over which the two controllers hear each other, and `keys` is the directory of what makes its link authentic.
+    networks over which the two controllers hear each other, `keys` is the directory of what makes its link authentic, and
+    `console` the address on which its web page is served.
     """
 
     name: str
@@ -45,6 +46,7 @@ class NodeConfig:
     controller: Path
     heartbeats: tuple[str, ...]
     keys: Path
+    console: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Config:
     verify: VerifyConfig = VerifyConfig()
     arbiter: ArbiterConfig = field(default_factory=ArbiterConfig)
     failover: FailoverConfig | None = None
+    console: ConsoleConfig = field(default_factory=ConsoleConfig)
     session: Literal["kernel", "pyfuse3"] = "kernel"
     #: Where the volume is mounted if the command does not say; None: it has to.
     mount: Path | None = None
@@ -144,8 +147,8 @@ def load(file: Path, node: str | None = None) -> Config:
     backing = top.take_path("backing")
     session = _read_session(top)
     parts = top.take_table("nodes")
-    replication, resync, verify, security, arbiter, failover = (
-        top.take_table(name) for name in ("replication", "resync", "verify", "security", "arbiter", "failover")
+    replication, resync, verify, security, arbiter, failover, console = (
+        top.take_table(name) for name in ("replication", "resync", "verify", "security", "arbiter", "failover", "console")
     )
     vips, services = top.take_tables("vip"), top.take_tables("service")
     top.reject_rest()
@@ -160,6 +163,7 @@ def load(file: Path, node: str | None = None) -> Config:
         ("security", security),
         ("arbiter", arbiter),
         ("failover", failover),
+        ("console", console),
     ):
         if peer is None and table is not None:
             raise top.error(
@@ -181,6 +185,7 @@ def load(file: Path, node: str | None = None) -> Config:
         encrypted=True if security is None else _read_encrypted(security),
         arbiter=failover_config.read_arbiter(arbiter),
         failover=failover_config.read_failover(failover, vips, services, volume=volume, nodes=addresses),
+        console=failover_config.read_console(console),
         shared=_shared(content),
     )
 
@@ -197,7 +202,9 @@ def _read_session(top: Table) -> Literal["kernel", "pyfuse3"]:
 
 def _shared(content: dict[str, Any]) -> dict[str, str]:
     """The file less what each machine may have in its own way: who it is, and where its files and sockets are."""
-    own = re.compile(r"node|mount|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller|keys)|failover\.key_file")
+    own = re.compile(
+        r"node|mount|backing|session|(nodes\..*\.)?(backing|state_dir|control|controller|keys|console)|console\..*|failover\.key_file"
+    )
     return {key: text for key, text in failover_config.flatten(content).items() if not own.fullmatch(key)}
 
 
@@ -245,6 +252,7 @@ def _read_node(parts: Table, name: str, volume: str, backing: Path | None) -> No
         controller=part.take_path("controller") or Path("/run/mirrorfs") / f"{volume}-{name}-controller.sock",
         heartbeats=tuple(part.take_texts("heartbeats")) or (() if address is None else (address,)),
         keys=part.take_path("keys") or default_keys(volume, name),
+        console=_console_address(part),
     )
     part.reject_rest()
     if address is None:
@@ -265,6 +273,18 @@ def _read_node(parts: Table, name: str, volume: str, backing: Path | None) -> No
             raise part.error(key, f"{length} bytes are too long for a socket's path, use {_SOCKET_PATH_BYTES} or fewer")
     _check_state_dir(part, node)
     return node
+
+
+def _console_address(part: Table) -> str:
+    text = part.take("console", str)
+    if text is None:
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise part.error(
+            "console", f'{shown(text)} is not an IP address, use one of this node\'s, or "0.0.0.0" for all'
+        ) from None
 
 
 def _check_state_dir(part: Table, node: NodeConfig) -> None:

@@ -3,12 +3,15 @@
 import logging
 import os
 import signal
-from typing import Final
+import time
+from typing import Any, Final
 
 import trio
 
 from mirrorfs import backing, control, systemd
 from mirrorfs.config import Config
+from mirrorfs.console.observer import NodePort
+from mirrorfs.console.picture import Seen
 from mirrorfs.errors import ConfigError
 from mirrorfs.failover import Controller
 from mirrorfs.failover_memory import Memory
@@ -19,6 +22,28 @@ from mirrorfs.vip import Addresses
 from mirrorfs.watch import MountWatch
 
 log = logging.getLogger(__name__)
+
+
+class _Node(NodePort):
+    """What the console sees of the node."""
+
+    def __init__(self, config: Config, controller: Controller, mount: MountWatch) -> None:
+        assert config.peer is not None
+        self._names = config.node.name, config.peer.name
+        self._controller = controller
+        self._mount = mount
+
+    def see(self) -> Seen:
+        condition = self._mount.condition.name.lower()
+        status = self._mount.status if condition == "answers" else None
+        return Seen(time.time(), *self._names, condition, status, self._controller.describe())
+
+    async def ask(self, command: str, timeout_s: float = 60, **arguments: Any) -> dict[str, Any]:
+        return await self._mount.ask(command, timeout_s, **arguments)
+
+    async def command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return await self._controller.on_command(command, arguments)
+
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -31,6 +56,9 @@ def run(config: Config) -> None:
     key = Trust(config.node.keys).shared_key(f"heartbeats {config.volume}") if file is None else load_key(file)
     state = config.node.state_dir.resolve()
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if config.console.enabled:
+        # Now, and not when the loop runs: it takes half a second, in which no heartbeat would go out.
+        import mirrorfs.console.server  # noqa: F401
     lock = backing.lock_file(state / "controller.lock", f"{state}: another mirrorfs controller uses it: stop it first")
     try:
         trio.run(_run, config, key)
@@ -59,6 +87,10 @@ async def _run(config: Config, key: bytes) -> None:
         log.info("the controller of %s runs", config.node.name)
         systemd.notify("READY=1")
         nursery.start_soon(systemd.show_life)
+        if config.console.enabled:
+            from mirrorfs.console import server
+
+            nursery.start_soon(server.serve, config, _Node(config, controller, mount))
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async for _ in signals:
                 break

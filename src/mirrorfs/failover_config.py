@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, get_args
 from mirrorfs.toml_table import Table, shown
 
 DEFAULT_PORT: Final = 7789
+CONSOLE_PORT: Final = 7790
 
 CheckKind = Literal["process", "tcp", "http", "command", "mount"]
 
@@ -95,6 +96,33 @@ class FailoverConfig:
     vip_down: str = ""
     vips: tuple[VipConfig, ...] = field(default=())
     services: tuple[ServiceConfig, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleConfig:
+    """The web page of the controller. Without `certificate` and `key` (PEM files) the node makes its own."""
+
+    enabled: bool = True
+    port: int = CONSOLE_PORT
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+def read_console(table: Table | None) -> ConsoleConfig:
+    """[console]; without one there is a console, which only this machine reaches."""
+    if table is None:
+        return ConsoleConfig()
+    enabled = table.take("enabled", bool)
+    console = ConsoleConfig(
+        enabled=True if enabled is None else enabled,
+        port=table.take_count("port", CONSOLE_PORT, 1, 65535),
+        certificate=table.take_path("certificate"),
+        key=table.take_path("key"),
+    )
+    table.reject_rest()
+    if (console.certificate is None) != (console.key is None):
+        raise table.error("key" if console.key is None else "certificate", "missing, give both or none")
+    return console
 
 
 def read_arbiter(table: Table | None) -> ArbiterConfig:

@@ -29,7 +29,20 @@ _LOG_LINES: Final = 5000
 #: Commands, which may have secrets among their words, and logins.
 _LEFT_OUT: Final = re.compile(r".*\b(start|stop|command|kill|vip_up|vip_down|user)$")
 _USER_IN_URL: Final = re.compile(r"//[^/@\s\"]*@")
-_LIBRARIES: Final = ("cryptography", "httpx", "msgpack", "pyfuse3", "pyroaring", "pyroute2", "rich", "trio", "typer")
+_LIBRARIES: Final = (
+    "cryptography",
+    "httpx",
+    "hypercorn",
+    "msgpack",
+    "prometheus-client",
+    "pyfuse3",
+    "pyroaring",
+    "pyroute2",
+    "rich",
+    "starlette",
+    "trio",
+    "typer",
+)
 
 
 def collect(config: Config, file: Path, *, log: Path | None = None) -> list[str]:
@@ -60,6 +73,7 @@ def _parts(config: Config, log: Path | None) -> dict[str, Callable[[], str]]:
         "status.json": lambda: _status(node.control),
         "controller.json": lambda: _status(node.controller),
         "state-directory": lambda: _listing(node.state_dir),
+        "events": lambda: _lines(node.state_dir / "console-events.jsonl"),
         "keys-directory": lambda: _listing(node.keys),
         "mounts": lambda: Path("/proc/self/mountinfo").read_text(),
         "network": lambda: _output("ip", "-s", "address"),
@@ -113,6 +127,11 @@ def _listing(directory: Path) -> str:
     return f"# {directory}\n" + "\n".join(lines) + "\n"
 
 
+def _lines(file: Path) -> str:
+    """The newest of a file."""
+    return "".join(file.read_text(errors="replace").splitlines(keepends=True)[-_LOG_LINES:])
+
+
 def _output(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False, stdin=subprocess.DEVNULL)
     return done.stdout or f"(not to be had: {' '.join(command)} says: {done.stderr.strip()})\n"
@@ -120,6 +139,6 @@ def _output(*command: str) -> str:
 
 def _log(config: Config, log: Path | None) -> str:
     if log is not None:
-        return "".join(log.read_text(errors="replace").splitlines(keepends=True)[-_LOG_LINES:])
+        return _lines(log)
     units = [f"--unit=mirrorfs@{config.volume}", f"--unit=mirrorfs-controller@{config.volume}"]
     return _output("journalctl", "--no-pager", f"--lines={_LOG_LINES}", "--output=short-iso", *units)
