@@ -3,18 +3,22 @@
 import getpass
 import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mirrorfs.cli_base import ConfigFile, Json, NodeName, load
-from mirrorfs.console.users import Role, Users
+from mirrorfs.console.roles import Role
 from mirrorfs.errors import UsageError
 
 app = typer.Typer(
     help="Who may use the console of this node, the web page of its controller: people by password, programs by token.",
     no_args_is_help=True,
 )
+if TYPE_CHECKING:
+    from mirrorfs.console.users import Users
+
 RoleOption = Annotated[Role, typer.Option("--role", help="view: look at everything; operate: press the buttons, too.")]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 
@@ -39,7 +43,7 @@ def user(
         password = getpass.getpass(f"Password of {name}: ")
         if getpass.getpass("Once more: ") != password:
             raise UsageError("the two are not the same")
-    Users(loaded.node.keys).add(name, password, role)
+    _users(context, config, node).add(name, password, role)
     print(f"{name} may {role} on the console of {loaded.node.name}")
 
 
@@ -48,13 +52,13 @@ def token(
     context: typer.Context, name: Name, *, role: RoleOption = Role.VIEW, config: ConfigFile = None, node: NodeName = None
 ) -> None:
     """Make a token for a program, as for Prometheus, and print it: it is not shown again."""
-    print(Users(load(context, config, node).node.keys).add_token(name, role))
+    print(_users(context, config, node).add_token(name, role))
 
 
 @app.command("list")
 def list_users(context: typer.Context, as_json: Json = False, config: ConfigFile = None, node: NodeName = None) -> None:
     """List users and tokens with their roles."""
-    found = Users(load(context, config, node).node.keys).listing()
+    found = _users(context, config, node).listing()
     if as_json:
         print(json.dumps([{"name": name, "kind": kind, "role": role} for name, kind, role in found]))
         return
@@ -67,5 +71,12 @@ def list_users(context: typer.Context, as_json: Json = False, config: ConfigFile
 @app.command()
 def remove(context: typer.Context, name: Name, config: ConfigFile = None, node: NodeName = None) -> None:
     """Remove a user or a token; who is logged in is out at once."""
-    Users(load(context, config, node).node.keys).remove(name)
+    _users(context, config, node).remove(name)
     print(f"{name} is removed")
+
+
+def _users(context: typer.Context, config: Path | None, node: str | None) -> "Users":
+    """Imported late: every command imports this file, and the library for keys takes its time."""
+    from mirrorfs.console.users import Users
+
+    return Users(load(context, config, node).node.keys)

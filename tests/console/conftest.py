@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mirrorfs.console.users import Role, Users
+from mirrorfs.console.roles import Role
+from mirrorfs.console.users import Users
 from mirrorfs.lab import cluster
 from mirrorfs.lab.cluster import Cluster
 from mirrorfs.lab.pair import wait_for

@@ -12,7 +12,8 @@ import jsonschema
 import pytest
 from openapi_spec_validator import validate
 
-from mirrorfs.console.users import Role, Users
+from mirrorfs.console.roles import Role
+from mirrorfs.console.users import Users
 from mirrorfs.lab.cluster import Cluster
 from mirrorfs.lab.pair import wait_for
 from tests.console.conftest import OPERATOR, PASSWORD, VIEWER

@@ -10,7 +10,8 @@ from mirrorfs.console.certificate import own_certificate
 from mirrorfs.console.gate import IDLE_S, LONGEST_S, Sessions, Throttle
 from mirrorfs.console.lines import Lines
 from mirrorfs.console.picture import Seen, changes, picture, protection
-from mirrorfs.console.users import Role, Users
+from mirrorfs.console.roles import Role
+from mirrorfs.console.users import Users
 from mirrorfs.errors import MirrorfsError, UsageError
 
 BOUNDS = [0.001, 0.01, 0.1]

@@ -17,7 +17,8 @@ from mirrorfs import __version__
 from mirrorfs.console.gate import Session, Sessions, Throttle
 from mirrorfs.console.lines import Lines
 from mirrorfs.console.observer import Observer
-from mirrorfs.console.users import Role, Users
+from mirrorfs.console.roles import Role
+from mirrorfs.console.users import Users
 from mirrorfs.errors import (
     ConfigError,
     ConfirmationNeededError,

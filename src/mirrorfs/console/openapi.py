@@ -4,7 +4,7 @@ from typing import Any
 
 from mirrorfs import __version__
 from mirrorfs.console.api import PREFIX, Endpoint
-from mirrorfs.console.users import Role
+from mirrorfs.console.roles import Role
 
 _ERRORS = {
     "400": "The request makes no sense.",

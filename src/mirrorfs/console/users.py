@@ -10,10 +10,10 @@ import json
 import os
 import re
 import secrets
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from mirrorfs.console.roles import Role
 from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.trust import write_durably
 
@@ -22,17 +22,6 @@ _SCRYPT: Final = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20, "dklen": 32}
 _SHORTEST: Final = 10
 _LONGEST: Final = 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
-
-
-class Role(StrEnum):
-    """VIEW sees everything; OPERATE may also press the buttons."""
-
-    VIEW = "view"
-    OPERATE = "operate"
-
-    def includes(self, other: "Role") -> bool:
-        """Whether who has this role may do what the other may."""
-        return self is Role.OPERATE or other is Role.VIEW
 
 
 class Users:
