@@ -402,7 +402,8 @@ class Node:
         if peer is None:
             await self._begin_alone()
         elif self._listens:
-            await nursery.start(partial(listen, own.address, own.port, self._visit, peer=peer.address))
+            listening = partial(listen, peer=peer.address, is_connected=lambda: self.connected)
+            await nursery.start(listening, own.address, own.port, self._visit)
         else:
             nursery.start_soon(dial, own.address, peer.address, peer.port, self._visit)
 

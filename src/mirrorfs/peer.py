@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 _GREETING_TIMEOUT_S: Final = 5.0
 _MAX_STRANGERS: Final = 16
+#: So many more wait in the kernel.
+_BACKLOG: Final = 64
+#: While the other node is connected nobody is expected: one stranger at a time then, this long apart.
+_PACE_S: Final = 0.1
 #: How often it is told that there are more.
 _TELL_S: Final = 60.0
 _REDIAL_S: Final = 0.3
@@ -392,12 +396,13 @@ async def listen(
     visitor: Visitor,
     *,
     peer: str,
+    is_connected: Callable[[], bool],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Listen on `address` and nothing else, for who comes from the address `peer`, and run `visitor` for each connection;
-    MirrorfsError if that cannot be."""
+    MirrorfsError if that cannot be. While the other node `is_connected`, who comes is let in slowly, and costs little."""
     try:
-        listeners = await trio.open_tcp_listeners(port, host=address)
+        listeners = await trio.open_tcp_listeners(port, host=address, backlog=_BACKLOG)
         for listener in listeners:
             only_from(listener.socket, peer)
     except OSError as error:
@@ -431,14 +436,17 @@ async def listen(
         async with trio.open_nursery() as nursery:
             task_status.started()
             for listener in listeners:
-                nursery.start_soon(_accept, listener, serve, nursery)
+                nursery.start_soon(_accept, listener, serve, nursery, is_connected)
     finally:
         for listener in listeners:
             listener.socket.close()
 
 
 async def _accept(
-    listener: trio.SocketListener, serve: Callable[[trio.SocketStream], Awaitable[None]], nursery: trio.Nursery
+    listener: trio.SocketListener,
+    serve: Callable[[trio.SocketStream], Awaitable[None]],
+    nursery: trio.Nursery,
+    is_connected: Callable[[], bool],
 ) -> None:
     while True:
         try:
@@ -448,6 +456,8 @@ async def _accept(
             await trio.sleep(0.2)
             continue
         nursery.start_soon(serve, stream)
+        if is_connected():
+            await trio.sleep(_PACE_S)
 
 
 async def dial(own_address: str, address: str, port: int, visitor: Visitor) -> None:

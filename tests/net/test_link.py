@@ -44,7 +44,7 @@ async def test_a_large_write_goes_out_in_one_piece(pair: tuple[Trust, Trust]) ->
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(listen, _HOST, port, welcome, peer=_HOST))
+            await nursery.start(partial(listen, _HOST, port, welcome, peer=_HOST, is_connected=lambda: False))
             nursery.start_soon(dial, _HOST, _HOST, port, visit)
             await greeted.wait()
             done.set()
