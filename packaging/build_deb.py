@@ -5,6 +5,7 @@ which are those of requirements.lock. So nothing is downloaded or compiled here,
 """
 
 import compileall
+import gzip
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+import completions
+import man_pages
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -39,6 +42,8 @@ def main() -> None:
         _environment(root)
         _programs(root)
         _documents(root)
+        _manual(root)
+        completions.write(root)
         _control(root, version, architecture)
         file = target / f"mirrorfs_{version}_{architecture}.deb"
         subprocess.run(["dpkg-deb", "--root-owner-group", "--build", root, file], check=True, stdout=subprocess.DEVNULL)
@@ -102,6 +107,17 @@ def _documents(root: Path) -> None:
     shutil.copytree(_PROJECT / "docs", documents / "docs")
     shutil.copytree(_PROJECT / "examples", documents / "examples")
     shutil.copytree(_PROJECT / "packaging" / "monitoring", documents / "monitoring")
+    (documents / "copyright").write_text(
+        "mirrorfs is under the Apache License, Version 2.0: /usr/share/common-licenses/Apache-2.0\n\n"
+        f"The libraries below /{_HOME} have licenses of their own, which stand in their *.dist-info directories there.\n"
+    )
+
+
+def _manual(root: Path) -> None:
+    for page in man_pages.write(root / "usr" / "share" / "man"):
+        # Without a name and a time in it: the same page is the same file.
+        page.with_name(f"{page.name}.gz").write_bytes(gzip.compress(page.read_bytes(), mtime=0))
+        page.unlink()
 
 
 def _control(root: Path, version: str, architecture: str) -> None:

@@ -43,6 +43,8 @@ _WATCH_INTERVAL_S = 1.0
 _STATUS_TIMEOUT_S = 10.0
 #: Data is copied or read meanwhile.
 _LONG_S = 24 * 3600.0
+#: Set by the scripts of the shells (packaging/completions.py) when they ask what may follow.
+_COMPLETION = "_MIRRORFS_COMPLETE"
 
 app = typer.Typer(
     name="mirrorfs",
@@ -73,6 +75,11 @@ app.command("make-key")(make_key)
 
 def main() -> None:
     """Run the command line; never returns. An expected error is one line on stderr and its own exit status."""
+    if _COMPLETION in os.environ:
+        # With add_completion typer knows the shells, but would also install scripts, which the package does.
+        from typer._completion_classes import completion_init
+
+        completion_init()
     try:
         app(prog_name="mirrorfs")
     except MirrorfsError as error:

@@ -40,7 +40,7 @@ def init(
     invitation = Invitation(prepare(volume, config or chosen.config, node or chosen.node, address, port, mount))
 
     async def wait() -> None:
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with trio.open_nursery() as nursery:
             code = await nursery.start(invitation.wait, minutes * 60)
             print(f"On the other node, within {minutes:g} minutes:\n\n    mirrorfs join {code}\n", flush=True)
             print(f"waiting for it on {code.address} port {code.port} (Ctrl-C gives up) ...", file=sys.stderr, flush=True)

@@ -1,8 +1,13 @@
 """The Debian package: built, installed, used, removed."""
 
+import gzip
 import os
+import pty
+import select
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +67,11 @@ def test_what_is_in_it_belongs_to_root_and_has_its_place(package: Path) -> None:
         "/usr/lib/systemd/system/mirrorfs@.service",
         "/usr/lib/systemd/system/mirrorfs-controller@.service",
         "/usr/share/doc/mirrorfs/README.md",
+        "/usr/share/doc/mirrorfs/copyright",
+        "/usr/share/man/man1/mirrorfs-mount.1.gz",
+        "/usr/share/man/man5/mirrorfs.toml.5.gz",
+        "/usr/share/zsh/vendor-completions/_mirrorfs",
+        "/usr/share/fish/vendor_completions.d/mirrorfs.fish",
     ):
         assert name in names
     assert not [name for name in names if "/_pytest/" in name or "/matplotlib/" in name]
@@ -72,6 +82,45 @@ def test_the_program_runs_with_an_environment_of_its_own(package: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mirrorfs {__version__}\n", "")
     looked = _run("mirrorfs", "doctor")
     assert looked.returncode == 0, looked.stdout
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="there is no man here")
+def test_the_manual_is_found(package: Path) -> None:
+    for page in ("mirrorfs", "mirrorfs-split-brain-resolve", "mirrorfs.toml"):
+        found = _run("man", "-w", page)
+        assert found.returncode == 0, found.stderr
+        assert gzip.decompress(Path(found.stdout.strip()).read_bytes()).startswith(b".TH ")
+    assert "mirrorfs mount [OPTIONS] [PATH]" in _run("man", "mirrorfs-mount").stdout
+
+
+def test_bash_completes_the_commands(package: Path) -> None:
+    script = "/usr/share/bash-completion/completions/mirrorfs"
+    assert "mirrorfs status " in _typed(f"source {script}", "mirrorfs sta\t", "mirrorfs status ")
+
+
+def _typed(first: str, keys: str, expected: str) -> str:
+    """What an interactive bash shows after a line and some keys: up to what is expected, or 20 s long."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], {**_CLEAN, "TERM": "dumb"})
+    try:
+        # The terminal shows what is typed, too: so the quotes.
+        os.write(terminal, f"{first}; echo it' 'is' 'read\n".encode())
+        _read_until(terminal, "it is read")
+        os.write(terminal, keys.encode())
+        return _read_until(terminal, expected)
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def _read_until(terminal: int, expected: str) -> str:
+    shown, end = "", time.monotonic() + 20
+    while expected not in shown and (left := end - time.monotonic()) > 0:
+        if select.select([terminal], [], [], left)[0]:
+            shown += os.read(terminal, 65536).decode()
+    return shown
 
 
 def test_a_node_of_the_package_mounts_and_keeps_the_package_installed(
