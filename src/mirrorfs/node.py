@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from mirrorfs import backing
+from mirrorfs import __version__, backing
 from mirrorfs.activity import Activity
 from mirrorfs.arbiter import Arbiter
 from mirrorfs.arbitration import Arbitration
@@ -89,6 +89,8 @@ class Node:
         self.discard_local_data = discard_local_data
         self.link: Link | None = None
         self.peer: Hello | None = None
+        #: Which mirrorfs the other node is; empty if it does not say so.
+        self.peer_version = ""
         self.peer_joined = False
         self.peer_space: Space | None = None
         self.peer_progress: Progress | None = None
@@ -290,7 +292,7 @@ class Node:
         """Serve one connection from greeting to end."""
         mine = self.hello()
         try:
-            greeting = packing.pack_hello(mine) | {"settings": dict(self.config.shared)}
+            greeting = packing.pack_hello(mine) | {"settings": dict(self.config.shared), "version": __version__}
             content, channel = await greet(
                 connection,
                 greeting,
@@ -324,6 +326,7 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
+        self.peer_version = _version_in(content)
         self.lost_in_sync = False
         self.pausing.on_connected()
         try:
@@ -465,3 +468,9 @@ class Node:
             primary.settle_all()
             with trio.move_on_after(self.config.replication.ack_timeout_s):
                 await primary.stream.applied(primary.stream.sent)
+
+
+def _version_in(content: dict[str, Any]) -> str:
+    """The version of the software in a HELLO; empty if there is none that a line can show."""
+    version = content.get("version")
+    return version[:40] if isinstance(version, str) and version.isprintable() else ""
