@@ -59,6 +59,7 @@ ORDER = [
     "settling",
     "introductions",
     "foresight",
+    "measures",
     "marking",
     "checkpoint",
     "activity",

@@ -36,6 +36,7 @@ from mirrorfs.fuse_ops import FuseOperations
 from mirrorfs.housekeeping import keep_house
 from mirrorfs.keeper import Keeper
 from mirrorfs.lost import LostStore
+from mirrorfs.measures import Measures
 from mirrorfs.pausing import Pausing
 from mirrorfs.peer import Link, dial, greet, listen
 from mirrorfs.preview import Preview
@@ -75,6 +76,7 @@ class Node:
         self.config = config
         self.keeper = keeper
         self.activity = activity
+        self.measures = Measures()
         self.tree = Tree(under.tree)
         self.primary: Primary | None = None
         self.standby: Standby | None = None
@@ -222,6 +224,7 @@ class Node:
             config=self.config,
             disk_failed=self._on_disk_failure,
             syncs=self.session.syncs,
+            measures=self.measures,
         )
         self.tree.on_found = primary.found
         if self.arbitration.is_asked:
