@@ -61,6 +61,7 @@ ORDER = [
     "settling",
     "introductions",
     "foresight",
+    "measures",
     "marking",
     "checkpoint",
     "activity",

@@ -25,6 +25,7 @@ from mirrorfs.foresight import Foresight
 from mirrorfs.introductions import Introductions
 from mirrorfs.keeper import Keeper
 from mirrorfs.marking import Marking
+from mirrorfs.measures import EVERY, Measures, Sample
 from mirrorfs.resync.full import Copier
 from mirrorfs.resync.quick import CatchUp
 from mirrorfs.settling import Settling
@@ -57,6 +58,7 @@ class Changes:
         config: Config,
         disk_failed: Callable[[OSError], None],
         syncs: Syncs,
+        measures: Measures,
     ) -> None:
         self.tree = tree
         self.keeper = keeper
@@ -70,6 +72,7 @@ class Changes:
         self._marking = Marking(tree, activity, self._admitted)
         self._disk_failed = disk_failed
         self._syncs = syncs
+        self._measures = measures
         self._changed = trio.Event()
         self._frozen_at = math.inf
         self._introductions: Introductions | None = None
@@ -89,6 +92,7 @@ class Changes:
         be made, nothing is. Raises OSError as the backing store gives it (EOPNOTSUPP for a copy that the peer cannot make),
         NotPrimaryError, or FrozenError after `freeze_timeout`.
         """
+        sample = self._measures.begin_change()
         change = contents.bounded(change)
         if not self._is_open:
             change = ops.owned(change)
@@ -101,7 +105,7 @@ class Changes:
                 old_size = await self._marking.before(change, target)
         if not only_if():
             return None
-        result, sequence, failure = self._make(change, target, old_size)
+        result, sequence, failure = self._make(change, target, old_size, sample)
         if isinstance(result, Known):
             result.kept += 1
         try:
@@ -115,12 +119,14 @@ class Changes:
             result.kept -= 1
         if failure is not None:
             raise failure
+        if sample is not None:
+            self._measures.end_change(sample)
         return result
 
     async def write(self, known: Known, offset: int, data: bytes | bytearray | memoryview) -> int:
         """As `change` with a `Write`; returns the bytes written. Most of them go a shorter way."""
         size = len(data)
-        dirty = self.activity.dirty
+        dirty, measures = self.activity.dirty, self._measures
         if (
             self.mode is Mode.MIRRORED
             and not known.gone
@@ -133,16 +139,27 @@ class Changes:
             descriptor = self.tree.table.data(known)
             if self._foresight.may_write(offset, size):
                 known.version += 1
+                measures.changes += 1
+                sample = None if measures.changes % EVERY else Sample()  # as `begin_change`, without the call
                 sequence = self.stream.put_write(known.id, offset, data)
+                if sample is not None:
+                    self.stream.note(sequence, sample.answered)
+                    sample.makes()
                 if known.id < dirty.new_from and dirty.tracking:
                     dirty.now.write(known.id, offset, size)
                 self._times.add_known(known)
                 failure = self._write_told(descriptor, offset, data)
+                if sample is not None:
+                    sample.made()
                 await self._acknowledged(sequence)
                 if failure is not None:
                     raise failure
+                measures.bytes_written += size
+                if sample is not None:
+                    measures.end_change(sample)
                 return size
         count: int = await self.change(ops.Write(known.id, offset, data), known)
+        measures.bytes_written += count
         return count
 
     def _write_told(self, descriptor: int, offset: int, data: bytes | bytearray | memoryview) -> OSError | None:
@@ -188,7 +205,9 @@ class Changes:
         """Whether the peer is told of a change as it is."""
         return self.stream is not None and (self.copier is None or self.copier.tells(change))
 
-    def _make(self, change: ops.Change, target: Known | None, old_size: int) -> tuple[Any, int, OSError | None]:
+    def _make(
+        self, change: ops.Change, target: Known | None, old_size: int, sample: Sample | None
+    ) -> tuple[Any, int, OSError | None]:
         """Apply, number and send, or what is sure to succeed the other way round; no await in here."""
         local = target is not None and target.gone  # a file without a name is nobody's but this node's
         told = not local and self._is_told(change)
@@ -204,7 +223,11 @@ class Changes:
                 told = False
                 assert self.stream is not None
                 self.stream.link.close(f"a change could not be introduced: {error.strerror}")
-        sent = self._send(change) if told and self.copier is None and self._foresight.will_succeed(change) else 0
+        sent = 0
+        if told and self.copier is None and self._foresight.will_succeed(change):
+            sent = self._send(change, sample=sample)
+        if sample is not None:
+            sample.makes()
         try:
             made, result, failure = contents.make(change, self.tree.apply)
         except OSError as error:
@@ -214,6 +237,8 @@ class Changes:
                 return None, sent, error
             self._note_failed(change, error, old_size, local)
             raise
+        if sample is not None:
+            sample.made()
         if isinstance(change, ops.Allocate | ops.CopyRange):
             self._foresight.look_again()
         if not sent:
@@ -235,7 +260,7 @@ class Changes:
         try:
             if told and isinstance(self.copier, CatchUp):
                 self.copier.note_told(change)
-            return result, self._send(change, result if isinstance(result, Known) else None), failure
+            return result, self._send(change, result if isinstance(result, Known) else None, sample=sample), failure
         except OSError as error:
             # The change is made here: a target that cannot be told of it must be copied to again.
             assert self.stream is not None
@@ -259,12 +284,15 @@ class Changes:
 
     async def sync(self, known: Known, data_only: bool) -> None:
         """fsync on both nodes at once; OSError if this node's disk failed."""
+        sample = self._measures.begin_sync()
         await self._admitted()
         stream, version = self.stream, known.version
-        sequence = self._send_sync(known, data_only)
+        sequence = self._send_sync(known, data_only, sample)
         descriptor = self.tree.table.hold_to_sync(known)
+        sample.makes()
         try:
             await self._syncs.sync(descriptor, data_only)
+            sample.made()
             known.synced = max(known.synced, version)
             if sequence:
                 assert stream is not None
@@ -280,11 +308,11 @@ class Changes:
             self.tree.table.let_go(known)
             if stream is not None:
                 stream.forget_flush(sequence)
-        if sequence and stream is not None and not stream.broken:
-            return
-        await self._acknowledged(sequence if stream is self.stream else 0)  # numbers of another stream mean nothing
+        if not sequence or stream is None or stream.broken:
+            await self._acknowledged(sequence if stream is self.stream else 0)  # numbers of another stream mean nothing
+        self._measures.end_sync(sample)
 
-    def _send_sync(self, known: Known, data_only: bool) -> int:
+    def _send_sync(self, known: Known, data_only: bool, sample: Sample) -> int:
         """Have the peer sync the file; 0 if it need not."""
         if self.stream is None or known.gone:
             return 0
@@ -297,7 +325,8 @@ class Changes:
             if self.copier is not None and not self._flush_both:
                 return 0
             self.there.introduce(known.id)
-        return self.stream.put_flush(ops.Sync(known.id, data_only))
+        sample.sends()
+        return self.stream.put_flush(ops.Sync(known.id, data_only), sample.answered)
 
     def disk_failed(self, error: OSError) -> None:
         """A sync failed here, and is never tried again: nothing more is acknowledged by this node."""
@@ -381,14 +410,18 @@ class Changes:
         assert self._introductions is not None
         return self._introductions
 
-    def _send(self, change: ops.Change, lost: Known | None = None) -> int:
+    def _send(self, change: ops.Change, lost: Known | None = None, sample: Sample | None = None) -> int:
         if self.stream is None:
             return 0
         if isinstance(self.copier, Copier):
             return self.copier.send(change, lost)
         if self.copier is not None and not self.copier.tells(change):
             return 0
+        if sample is not None:
+            sample.sends()
         sequence = self.stream.put(change)
+        if sample is not None and self.mode is Mode.MIRRORED:  # else nobody waits for the peer
+            self.stream.note(sequence, sample.answered)
         if isinstance(change, ops.MakeNode | ops.Symlink):
             self.there.known.add(change.file)
         return sequence

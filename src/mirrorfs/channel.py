@@ -35,6 +35,7 @@ class Channel:
         self._tls = context.wrap_bio(self._from_wire, self._to_wire, server_side=server_side)
         self._decoder = wire.Decoder()
         self._room = memoryview(bytearray(_ROOM))
+        self.version = wire.OLDEST  #: of the protocol, once both preambles are known
 
     # ---- the handshake
 

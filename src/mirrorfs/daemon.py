@@ -126,6 +126,8 @@ class Daemon:
         match command:
             case "status":
                 return describe(node) | {"path": str(self._path), "pid": os.getpid()}
+            case "measures":
+                return node.measures.describe()
             case "promote" if arguments.get("dry_run"):
                 return await node.preview.describe(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
             case "promote":

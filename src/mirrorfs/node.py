@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from mirrorfs import backing
+from mirrorfs import __version__, backing
 from mirrorfs.activity import Activity
 from mirrorfs.arbiter import Arbiter
 from mirrorfs.arbitration import Arbitration
@@ -36,6 +36,7 @@ from mirrorfs.fuse_ops import FuseOperations
 from mirrorfs.housekeeping import keep_house
 from mirrorfs.keeper import Keeper
 from mirrorfs.lost import LostStore
+from mirrorfs.measures import Measures
 from mirrorfs.pausing import Pausing
 from mirrorfs.peer import Link, dial, greet, listen
 from mirrorfs.preview import Preview
@@ -75,6 +76,7 @@ class Node:
         self.config = config
         self.keeper = keeper
         self.activity = activity
+        self.measures = Measures()
         self.tree = Tree(under.tree)
         self.primary: Primary | None = None
         self.standby: Standby | None = None
@@ -89,6 +91,8 @@ class Node:
         self.discard_local_data = discard_local_data
         self.link: Link | None = None
         self.peer: Hello | None = None
+        #: Which mirrorfs the other node is; empty if it does not say so.
+        self.peer_version = ""
         self.peer_joined = False
         self.peer_space: Space | None = None
         self.peer_progress: Progress | None = None
@@ -220,6 +224,7 @@ class Node:
             config=self.config,
             disk_failed=self._on_disk_failure,
             syncs=self.session.syncs,
+            measures=self.measures,
         )
         self.tree.on_found = primary.found
         if self.arbitration.is_asked:
@@ -290,7 +295,7 @@ class Node:
         """Serve one connection from greeting to end."""
         mine = self.hello()
         try:
-            greeting = packing.pack_hello(mine) | {"settings": dict(self.config.shared)}
+            greeting = packing.pack_hello(mine) | {"settings": dict(self.config.shared), "version": __version__}
             content, channel = await greet(
                 connection,
                 greeting,
@@ -324,6 +329,7 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
+        self.peer_version = _version_in(content)
         self.lost_in_sync = False
         self.pausing.on_connected()
         try:
@@ -466,3 +472,9 @@ class Node:
             primary.settle_all()
             with trio.move_on_after(self.config.replication.ack_timeout_s):
                 await primary.stream.applied(primary.stream.sent)
+
+
+def _version_in(content: dict[str, Any]) -> str:
+    """The version of the software in a HELLO; empty if there is none that a line can show."""
+    version = content.get("version")
+    return version[:40] if isinstance(version, str) and version.isprintable() else ""

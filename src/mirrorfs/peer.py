@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from time import perf_counter
 from typing import Any, Final
 
 import trio
@@ -52,6 +53,8 @@ class Link:
             # Trio's streams, which greeted on it, leave a limit of 16 KiB behind: a large write would go in pieces.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
         self._channel = channel
+        self.version = channel.version  #: of the protocol, on this link
+        self.read_at = perf_counter()  #: when what is taken in now was read
         self._early = True  # frames may have come in one piece with the greeting
         self._listening = False
         self._serve: Callable[[Frame], bool] = lambda frame: False
@@ -172,6 +175,7 @@ class Link:
             count = self._socket.recv_into(self._channel.room)
             if not count:
                 raise self._ended()
+            self.read_at = perf_counter()
             self._heard = True
             self._inbox = self._sort(count)
         except BlockingIOError:
@@ -211,6 +215,7 @@ class Link:
                 raise self.failure or LinkLostError(f"the connection broke: {error.strerror}") from error
             if not count:
                 raise self._ended()
+            self.read_at = perf_counter()
             self._heard = True
             return count
 
@@ -364,7 +369,7 @@ async def _greeting(channel: Channel, stream: trio.SocketStream) -> dict[str, An
             data += said
         else:
             channel.arrived(await _more(stream))
-    wire.check_preamble(data)
+    channel.version = wire.agree(data)
     arrived = 0
     while True:
         for frame in channel.received(arrived):

@@ -16,6 +16,7 @@ from mirrorfs.core.wire import Frame
 from mirrorfs.errors import ProtocolError
 from mirrorfs.introductions import Introductions
 from mirrorfs.keeper import Keeper
+from mirrorfs.measures import Measures
 from mirrorfs.peer import Link
 from mirrorfs.resync.full import Copier
 from mirrorfs.resync.quick import CatchUp
@@ -42,8 +43,9 @@ class Primary(Changes):
         config: Config,
         disk_failed: Callable[[OSError], None],
         syncs: Syncs,
+        measures: Measures,
     ) -> None:
-        super().__init__(tree, keeper, activity, config=config, disk_failed=disk_failed, syncs=syncs)
+        super().__init__(tree, keeper, activity, config=config, disk_failed=disk_failed, syncs=syncs, measures=measures)
         activity.on_marked = self._tell_marked
         self._unsent_from = keeper.next_id()
         activity.dirty.begin_reign(self._unsent_from)

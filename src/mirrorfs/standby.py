@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from time import perf_counter
 from typing import Any, Final, get_args
 
 import trio
@@ -86,6 +87,7 @@ class Standby:
         self._before_first = before_first
         self._begun = False
         self._reign = link.streams
+        self._is_timed = link.version >= wire.TIMED
         self._witness = Witness(tree, link, nursery, self._reign, lost)
 
     @property
@@ -202,11 +204,14 @@ class Standby:
             self._tell_files(Kind.KEPT, self.target.kept)
         if self.applied not in (self._told, self._silent):
             self._told = self.applied
-            self._link.send(wire.encode(Frame(Kind.ACK, self.applied, offset=self._reign)))
+            spent_us = int((perf_counter() - self._link.read_at) * 1e6) if self._is_timed else 0
+            self._link.send(wire.encode(Frame(Kind.ACK, self.applied, spent_us, self._reign)))
 
-    def _tell_flushed(self, sequence: int) -> None:
+    def _tell_flushed(self, sequence: int, read_at: float) -> None:
+        """The sync is done that was read at that moment."""
         self._told = self.applied
-        self._link.send(wire.encode(Frame(Kind.FLUSHED, sequence, self.applied, self._reign)))
+        spent_us = int((perf_counter() - read_at) * 1e6) if self._is_timed else None
+        self._link.send(wire.encode_flushed(sequence, self.applied, self._reign, spent_us))
 
     async def _save_activity(self) -> None:
         """Nobody waits for it: what stands on disk until then says more than need be."""
@@ -238,14 +243,15 @@ class Standby:
     # ---- syncs run in threads and are acknowledged by themselves, so that a slow disk never blocks the changes behind them
 
     def _start_flush(self, operation: ops.Flush, sequence: int) -> None:
+        read_at = self._link.read_at
         if isinstance(operation, ops.Checkpoint):
             self._new_from = operation.new_from
             self.tree.notes.checkpoint = operation.number
-            self._nursery.start_soon(self._flush, sequence, self.tree.syncfs, None, operation.number)
+            self._nursery.start_soon(self._flush, sequence, read_at, self.tree.syncfs, None, operation.number)
             return
         known = self.tree.table.find(operation.file)
         if known is None or known.gone:
-            self._nursery.start_soon(self._flush, sequence, self.tree.write_back, None)
+            self._nursery.start_soon(self._flush, sequence, read_at, self.tree.write_back, None)
             return
         version = known.version
         descriptor = self.tree.table.hold_to_sync(known)
@@ -263,15 +269,20 @@ class Standby:
                 self.failure = f"a sync failed here: {os.strerror(-code)}"
                 self._nursery.start_soon(self.sync_failed, OSError(-code, os.strerror(-code)))
             elif not self.failure:
-                self._tell_flushed(sequence)
+                self._tell_flushed(sequence, read_at)
 
         if self._syncs.begin(descriptor, operation.data_only, ended):
             return
         sync = partial(os.fdatasync if operation.data_only else os.fsync, descriptor)
-        self._nursery.start_soon(self._flush, sequence, sync, done)
+        self._nursery.start_soon(self._flush, sequence, read_at, sync, done)
 
     async def _flush(
-        self, sequence: int, sync: Callable[[], None], done: Callable[[], None] | None, checkpoint: int = 0
+        self,
+        sequence: int,
+        read_at: float,
+        sync: Callable[[], None],
+        done: Callable[[], None] | None,
+        checkpoint: int = 0,
     ) -> None:
         try:
             with trio.CancelScope(shield=True):
@@ -290,7 +301,7 @@ class Standby:
             return
         if checkpoint:
             await self._activity.synced(checkpoint, self._keeper.record.volume_id)
-        self._tell_flushed(sequence)
+        self._tell_flushed(sequence, read_at)
 
     async def _write_back(self) -> None:
         async with self._writing_back:

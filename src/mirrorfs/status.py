@@ -91,4 +91,7 @@ def _peer(node: Node) -> dict[str, Any]:
     peer: dict[str, Any] = {"name": node.config.peer.name, "state": state}
     if node.link is not None:
         peer["bytes_sent"] = node.link.bytes_sent
+        peer["protocol"] = node.link.version
+        if node.peer_version:
+            peer["version"] = node.peer_version
     return peer

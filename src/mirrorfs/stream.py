@@ -12,14 +12,18 @@ from mirrorfs.core.wire import Frame, Kind
 from mirrorfs.peer import Link
 from mirrorfs.strand import pause, waker
 
+#: Called with the microseconds that the peer spent on something as soon as its word on that has come; None: it did not say.
+Noted = Callable[[int | None], None]
+
 
 class _Flush:
     """A sync that the peer was told to make."""
 
-    __slots__ = ("ended", "succeeded", "waiting")
+    __slots__ = ("ended", "noted", "succeeded", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Noted | None) -> None:
         self.ended = self.succeeded = False
+        self.noted = noted
         self.waiting: list[Callable[[], None]] = []
 
     async def wait(self) -> None:
@@ -48,6 +52,8 @@ class Stream:
         self.acknowledged = 0
         self.broken = False
         self._waiters: deque[tuple[int, Callable[[], None], bool]] = deque()
+        self._noted: deque[tuple[int, Noted]] = deque()
+        self._is_timed = link.version >= wire.TIMED
         self._flushes: dict[int, _Flush] = {}
         self._answers: dict[int, tuple[trio.Event, list[Frame]]] = {}
 
@@ -68,11 +74,15 @@ class Stream:
         self.link.send(wire.encode_write(file, offset, data, self.sent))
         return self.sent
 
-    def put_flush(self, operation: ops.Flush) -> int:
-        """Send a sync, whose result `flushed` will wait for."""
+    def put_flush(self, operation: ops.Flush, noted: Noted | None = None) -> int:
+        """Send a sync, whose result `flushed` will wait for; `noted` is called when it is there, if it succeeded."""
         sequence = self.put(operation)
-        self._flushes[sequence] = _Flush()
+        self._flushes[sequence] = _Flush(noted)
         return sequence
+
+    def note(self, sequence: int, noted: Noted) -> None:
+        """Call `noted` when the peer says that it has applied what was sent last, `sequence`; never, if it says so no more."""
+        self._noted.append((sequence, noted))
 
     async def applied(self, sequence: int, *, answers: bool = False) -> bool:
         """Wait until the peer has applied everything up to `sequence`; False if the link was lost before. With `answers`, a
@@ -127,26 +137,32 @@ class Stream:
         """Take in what the peer says about the stream; False if the frame is not about that."""
         match frame.kind:
             case Kind.ACK:
-                self.on_ack(frame.sequence)
+                self.on_ack(frame.sequence, frame.file if self._is_timed else None)
             case Kind.FLUSHED:
+                spent_us = wire.spent_on_flush_us(frame) if self._is_timed else None
                 self.on_ack(max(frame.file, self.acknowledged))
-                self.on_flushed(frame.sequence)
+                self.on_flushed(frame.sequence, spent_us)
             case Kind.ANSWER:
                 self.on_answer(frame)
             case _:
                 return False
         return True
 
-    def on_ack(self, sequence: int) -> None:
-        """The peer has applied everything up to `sequence`."""
+    def on_ack(self, sequence: int, spent_us: int | None = None) -> None:
+        """The peer has applied everything up to `sequence`, in so many microseconds what this adds to what it said before."""
         self.acknowledged = sequence
+        while self._noted and self._noted[0][0] <= sequence:
+            self._noted.popleft()[1](spent_us)
         while self._waiters and self._waiters[0][0] <= sequence:
             self._waiters.popleft()[1]()
 
-    def on_flushed(self, sequence: int) -> None:
-        """The peer's sync `sequence` has succeeded."""
-        if sequence in self._flushes:
-            self._flushes[sequence].end(succeeded=True)
+    def on_flushed(self, sequence: int, spent_us: int | None = None) -> None:
+        """The peer's sync `sequence` has succeeded, in so many microseconds."""
+        flush = self._flushes.get(sequence)
+        if flush is not None:
+            if flush.noted is not None:
+                flush.noted(spent_us)
+            flush.end(succeeded=True)
 
     def on_answer(self, frame: Frame) -> None:
         """The peer's answer to a question has come."""

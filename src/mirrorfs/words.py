@@ -76,6 +76,11 @@ def controller_in_words(controller: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def _peer_in_words(peer: dict[str, Any]) -> str:
+    """What the other node is, and what is spoken with it; a node of an earlier version does not say that."""
+    return ", ".join([peer["state"], *([f"protocol {peer['protocol']}"] if "protocol" in peer else [])])
+
+
 def status_in_words(found: dict[str, Any]) -> str:
     """The status as lines of a name and a value."""
     peer = found.get("peer") or {"state": "none"}
@@ -86,7 +91,7 @@ def status_in_words(found: dict[str, Any]) -> str:
         "since": found["since"],
         "epoch": found["epoch"],
         "in sync": ", ".join(found["in_sync"]),
-        "peer": f"{peer['name']} ({peer['state']})" if peer.get("name") else peer["state"],
+        "peer": f"{peer['name']} ({_peer_in_words(peer)})" if peer.get("name") else peer["state"],
         "dirty": None if found["dirty_bytes"] is None else in_units(found["dirty_bytes"]),
     }
     if resync := found.get("resync"):

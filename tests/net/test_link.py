@@ -9,6 +9,7 @@ import trio
 
 from mirrorfs.core import wire
 from mirrorfs.core.wire import Frame, Kind
+from mirrorfs.errors import ProtocolError
 from mirrorfs.lab.configuration import acquaint
 from mirrorfs.peer import Link, dial, greet, listen
 from mirrorfs.trust import Trust
@@ -22,6 +23,40 @@ def pair(tmp_path: Path) -> tuple[Trust, Trust]:
     one, two = tmp_path / "one" / "keys", tmp_path / "two" / "keys"
     acquaint(one, two)
     return Trust(one), Trust(two)
+
+
+async def _versions(pair: tuple[Trust, Trust]) -> list[int]:
+    """What both ends of a connection have agreed on, or that they refused each other (0)."""
+    ends, found = socket.socketpair(), list[int]()
+
+    async def end(number: int) -> None:
+        ends[number].setblocking(False)
+        try:
+            _, channel = await greet(ends[number], {}, pair[number], server_side=number == 0)
+            found.append(channel.version)
+        except ProtocolError:
+            found.append(0)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(end, number)
+    for connection in ends:
+        connection.close()
+    return found
+
+
+async def test_two_of_this_version_speak_the_newest(pair: tuple[Trust, Trust]) -> None:
+    assert await _versions(pair) == [wire.NEWEST] * 2
+
+
+@pytest.mark.parametrize(("says", "version"), [((7, 0), 7), ((8, 9), 8), ((7, 9), 8), ((9, 9), 0)])
+async def test_the_version_of_a_link_is_what_both_speak(
+    pair: tuple[Trust, Trust], monkeypatch: pytest.MonkeyPatch, says: tuple[int, int], version: int
+) -> None:
+    preamble = wire.preamble(*says)
+    monkeypatch.setattr(wire, "preamble", lambda: preamble)
+    assert await _versions(pair) == [version] * 2
 
 
 async def test_a_large_write_goes_out_in_one_piece(pair: tuple[Trust, Trust]) -> None:

@@ -53,7 +53,7 @@ def _header(length: int, kind: int) -> bytes:
     return wire.HEADER.pack(length, kind, 0, 0, 0, 0, 0)
 
 
-_NEWER = wire.PREAMBLE.pack(wire.MAGIC, wire.VERSION + 1, 0, 0)
+_NEWER = wire.preamble(wire.NEWEST + 1, wire.NEWEST + 2)
 _GOOD = _hello(_HELLO)
 _NOT_A_HELLO = wire.preamble() + b"".join(wire.encode_message(Kind.FOLLOW, {}))
 _HOLLOW_HELLO = wire.preamble() + b"".join(wire.encode_message(Kind.HELLO, {"volume": "lab"}))
@@ -70,7 +70,7 @@ STRANGERS = {
 #: What somebody sends who has the keys of node two.
 PEERS = {
     "another program": (b"GET / HTTP/1.1\r\nHost: one\r\n\r\n", "stay", "not a mirrorfs node: it began with b'GET / HT'"),
-    "another version": (_NEWER, "stay", f"protocol version {wire.VERSION + 1}"),
+    "another version": (_NEWER, "stay", f"it speaks protocol versions {wire.NEWEST + 1} to {wire.NEWEST + 2}, this node"),
     "a huge length": (wire.preamble() + _header(0xFFFFFFFF, Kind.HELLO), "stay", "a frame of 4294967295 bytes"),
     "a truncated frame": (_GOOD[:-10], "close", "inside the greeting"),
     "a frame of an unknown kind": (wire.preamble() + _header(0, 255), "stay", "unknown kind 255"),
@@ -162,7 +162,7 @@ def test_a_message_that_makes_no_sense_ends_the_link_and_not_the_primary(alone: 
 def test_a_stranger_who_comes_again_and_again_does_not_fill_the_log(pair: Lab) -> None:
     lines = NewLines(pair.one)
     for _ in range(5):
-        _call(pair, wire.PREAMBLE.pack(wire.MAGIC, wire.VERSION + 2, 0, 0), "stay", pair.two.keys)
+        _call(pair, wire.preamble(wire.NEWEST + 2, 0), "stay", pair.two.keys)
     assert len(lines()) == 1
     assert pair.is_mirrored()
 

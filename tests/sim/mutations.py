@@ -41,9 +41,14 @@ def _dropping_the_dirty_generation_before_both_syncs() -> Iterator[tuple[Any, st
     flush = Standby._flush
 
     async def hasty(
-        standby: Standby, sequence: int, sync: Callable[[], None], done: Callable[[], None] | None, checkpoint: int = 0
+        standby: Standby,
+        sequence: int,
+        read_at: float,
+        sync: Callable[[], None],
+        done: Callable[[], None] | None,
+        checkpoint: int = 0,
     ) -> None:
-        await flush(standby, sequence, (lambda: None) if checkpoint else sync, done, checkpoint)
+        await flush(standby, sequence, read_at, (lambda: None) if checkpoint else sync, done, checkpoint)
         if checkpoint:
             await trio.to_thread.run_sync(sync)
 

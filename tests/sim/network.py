@@ -8,6 +8,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -210,6 +211,8 @@ class SimulatedLink:
         self._serve: Callable[[Frame], bool] = lambda frame: False
         self._served: Callable[[], None] = lambda: None
         self.streams = 0
+        self.version = wire.NEWEST
+        self.read_at = perf_counter()
         self.failure: MirrorfsError | None = None
         self.bytes_sent = 0
 
@@ -234,6 +237,7 @@ class SimulatedLink:
     async def receive(self) -> list[Frame]:
         while True:
             data = b"" if self._early else await self._read()
+            self.read_at = perf_counter()
             self._early = False
             left: list[Frame] = []
             for frame in self._decoder.feed(data):

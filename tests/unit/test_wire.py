@@ -403,9 +403,46 @@ def test_the_frames_before_a_bad_one_are_delivered() -> None:
         next(stream)
 
 
-def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
-    wire.check_preamble(wire.preamble())
-    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 7, 0, 0)
+def test_the_preamble_has_its_fixed_bytes() -> None:
+    assert wire.preamble() == struct.pack("<8sHHI", b"mirrorfs", 7, 8, 0)
+
+
+#: Version 7 as it is out there: it sends nothing for its newest, and looks at the first number only.
+_YESTERDAY = struct.pack("<8sHHI", b"mirrorfs", 7, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "version"),
+    [
+        ((7, 8), (7, 8), 8),
+        ((7, 8), (7, 0), 7),
+        ((7, 8), (7, 7), 7),
+        ((7, 8), (8, 9), 8),
+        ((7, 8), (7, 9), 8),
+        ((7, 8), (8, 0), 8),
+        ((7, 8), (1, 65535), 8),
+    ],
+)
+def test_two_nodes_speak_the_lower_of_their_newest_versions(one: tuple[int, int], other: tuple[int, int], version: int) -> None:
+    assert wire.agree(wire.preamble(*other), *one) == version
+    newest = other[1] or other[0]
+    assert wire.agree(wire.preamble(*one), other[0], newest) == version, "both come to the same"
+
+
+def test_version_seven_is_answered_in_version_seven_and_sees_its_own_in_our_preamble() -> None:
+    assert wire.agree(_YESTERDAY) == 7
+    assert wire.PREAMBLE.unpack(wire.preamble())[:2] == (b"mirrorfs", 7)
+
+
+@given(*[st.integers(1, 65535)] * 4)
+def test_both_agree_on_a_version_that_both_speak_or_both_refuse(a: int, b: int, c: int, d: int) -> None:
+    one, other = sorted((a, b)), sorted((c, d))
+    found = list[int]()
+    for mine, theirs in ((one, other), (other, one)):
+        with suppress(ProtocolError):
+            found.append(wire.agree(wire.preamble(*theirs), *mine))
+    spoken = set(range(one[0], one[1] + 1)) & set(range(other[0], other[1] + 1))
+    assert found == ([max(spoken)] * 2 if spoken else [])
 
 
 @pytest.mark.parametrize(
@@ -413,9 +450,34 @@ def test_the_preamble_is_accepted_and_has_its_fixed_bytes() -> None:
     [
         (bytes(16), "not a mirrorfs node"),
         (b"GET / HTTP/1.1\r\n", "not a mirrorfs node"),
-        (struct.pack("<8sHHI", b"mirrorfs", 1, 0, 0), "protocol version 1, this node 7"),
+        (wire.preamble(1, 0), "it speaks protocol version 1, this node versions 7 to 8: install the same"),
+        (wire.preamble(2, 6), "it speaks protocol versions 2 to 6, this node versions 7 to 8: install the same"),
+        (wire.preamble(9, 10), "it speaks protocol versions 9 to 10, this node versions 7 to 8: install the same"),
+        (wire.preamble(8, 7), "a malformed preamble: protocol versions 8 to 7"),
     ],
 )
 def test_another_preamble_is_refused_and_says_why(preamble: bytes, said: str) -> None:
     with pytest.raises(ProtocolError, match=said):
-        wire.check_preamble(preamble)
+        wire.agree(preamble)
+
+
+# ---- what version 8 adds
+
+
+@pytest.mark.parametrize(("spent_us", "said"), [(0, 0), (1500, 1500), ((1 << 32) - 1, (1 << 32) - 1), (1 << 40, (1 << 32) - 1)])
+def test_a_sync_that_is_done_says_how_long_it_took(spent_us: int, said: int) -> None:
+    header, payload = wire.encode_flushed(7, 9, 2, spent_us)
+    (frame,) = Decoder().feed(header + bytes(payload))
+    assert (frame.kind, frame.sequence, frame.file, frame.offset) == (Kind.FLUSHED, 7, 9, 2)
+    assert wire.spent_on_flush_us(frame) == said
+    assert frame.payload == struct.pack("<I", said)
+
+
+def test_in_version_seven_it_says_nothing_of_that() -> None:
+    assert wire.encode_flushed(7, 9, 2, None) == wire.encode(Frame(Kind.FLUSHED, 7, 9, 2))
+
+
+@pytest.mark.parametrize("payload", [b"", b"\0\0\0", b"\0\0\0\0\0"])
+def test_another_payload_of_it_is_a_protocol_error(payload: bytes) -> None:
+    with pytest.raises(ProtocolError, match="malformed FLUSHED"):
+        wire.spent_on_flush_us(Frame(Kind.FLUSHED, 7, 9, 2, payload))

@@ -90,6 +90,12 @@ def test_a_pause_is_a_line_that_says_how_it_ends() -> None:
     assert "\npaused   by hand since 2025-01-02T03:04:05+0000: one is alone until `mirrorfs resume`\n" in found
 
 
+def test_the_peer_is_shown_with_what_is_spoken_with_it_if_that_is_known() -> None:
+    shown = ("two (standby, protocol 7)", "two (standby)")
+    for peer, line in zip(({"protocol": 7, "version": "0.1.0"}, {}), shown, strict=True):
+        assert f"\npeer     {line}\n" in status_in_words(STATUS | {"peer": {"name": "two", "state": "standby"} | peer})
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (90_000, "1 d 1 h")],

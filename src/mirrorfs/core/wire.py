@@ -1,7 +1,7 @@
 """Bytes <-> frames of the link between the two nodes. docs/PROTOCOL.md has the layout for people.
 
-A connection begins with a preamble in each direction, of fixed size for all versions to come. Then frames: a header of 40 bytes
-and a payload whose length is bounded; the checksum covers both. Hot payloads are raw bytes, all others msgpack.
+A connection begins with a preamble in each direction, of fixed size for all versions to come. Then frames: a header of 32 bytes
+and a payload whose length is bounded. Hot payloads are raw bytes, all others msgpack.
 """
 
 import struct
@@ -16,7 +16,11 @@ from mirrorfs.core import soundness
 from mirrorfs.errors import ProtocolError
 
 MAGIC: Final = b"mirrorfs"
-VERSION: Final = 7
+#: The versions of the protocol that are spoken here: this release's, and the one before for as long as a pair is upgraded.
+OLDEST: Final = 7
+NEWEST: Final = 8
+#: From this version on a standby says how long what it acknowledges has taken there.
+TIMED: Final = 8
 PREAMBLE: Final = struct.Struct("<8sHHI")
 HEADER: Final = struct.Struct("<IBBHQQQ")
 HEADER_SIZE: Final = HEADER.size
@@ -24,6 +28,10 @@ HEADER_SIZE: Final = HEADER.size
 MAX_PAYLOAD: Final = 4 << 20
 #: Of a decoder: a large write with its header, and more that came with it.
 _ROOM: Final = 2 << 20
+
+#: How long a sync has taken, in FLUSHED: microseconds, more than an hour at most.
+_SPENT: Final = struct.Struct("<I")
+_MOST_SPENT_US: Final = (1 << 32) - 1
 
 #: What a payload may be: what is not bytes must not change before it is sent.
 Payload = bytes | bytearray | memoryview
@@ -161,18 +169,34 @@ class Frame(NamedTuple):
         return self if isinstance(self.payload, bytes) else self._replace(payload=bytes(self.payload))
 
 
-def preamble() -> bytes:
-    """The first bytes of a connection, in each direction."""
-    return PREAMBLE.pack(MAGIC, VERSION, 0, 0)
+def preamble(oldest: int = OLDEST, newest: int = NEWEST) -> bytes:
+    """The first bytes of a connection, in each direction: which versions are spoken here."""
+    return PREAMBLE.pack(MAGIC, oldest, newest, 0)
 
 
-def check_preamble(data: bytes) -> None:
-    """Raise ProtocolError, saying what is wrong, unless `data` is a preamble of a version that is spoken here."""
-    magic, version, _, _ = PREAMBLE.unpack(data)
+def agree(data: bytes, oldest: int = OLDEST, newest: int = NEWEST) -> int:
+    """The version that both speak on a link, given the other's preamble: the lower of both newest ones.
+
+    Version 7 sent 0 for its newest, which is its oldest then. Raises ProtocolError, saying what is wrong, if `data` is no
+    preamble or there is no such version. Both sides come to the same.
+    """
+    magic, their_oldest, their_newest, _ = PREAMBLE.unpack(data)
     if magic != MAGIC:
         raise ProtocolError(f"not a mirrorfs node: it began with {data[:8]!r}")
-    if version != VERSION:
-        raise ProtocolError(f"it speaks protocol version {version}, this node {VERSION}: install the same mirrorfs on both")
+    their_newest = their_newest or their_oldest
+    if their_newest < their_oldest:
+        raise ProtocolError(f"a malformed preamble: protocol versions {their_oldest} to {their_newest}")
+    version: int = min(newest, their_newest)
+    if version < max(oldest, their_oldest):
+        raise ProtocolError(
+            f"it speaks protocol {_versions(their_oldest, their_newest)}, this node {_versions(oldest, newest)}: "
+            "install the same mirrorfs on both"
+        )
+    return version
+
+
+def _versions(oldest: int, newest: int) -> str:
+    return f"version {oldest}" if oldest == newest else f"versions {oldest} to {newest}"
 
 
 def encode(frame: Frame) -> Encoded:
@@ -228,6 +252,20 @@ def decode_operation(frame: Frame) -> ops.Operation:
     except (TypeError, ValueError, IndexError) as error:
         raise ProtocolError(f"a malformed {frame.kind.name}: {error}") from error
     return result
+
+
+def encode_flushed(sequence: int, applied: int, stream: int, spent_us: int | None) -> Encoded:
+    """The frame that says that the sync `sequence` is done; with the microseconds that it took, from version 8 on."""
+    payload = b"" if spent_us is None else _SPENT.pack(min(spent_us, _MOST_SPENT_US))
+    return _encode(Kind.FLUSHED, sequence, applied, stream, payload)
+
+
+def spent_on_flush_us(frame: Frame) -> int:
+    """The microseconds that a FLUSHED of version 8 says; ProtocolError if it says none."""
+    if len(frame.payload) != _SPENT.size:
+        raise ProtocolError(f"a malformed {frame.kind.name}: {len(frame.payload)} bytes")
+    (spent_us,) = _SPENT.unpack(frame.payload)
+    return int(spent_us)
 
 
 def message(frame: Frame) -> Any:

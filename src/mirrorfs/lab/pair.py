@@ -157,13 +157,14 @@ class Host:
         while alive := self._processes():
             processes.kill(alive)
 
-    def start(self, deadline_s: float = 30) -> None:
+    def start(self, deadline_s: float = 30, source: Path | None = None) -> None:
         """Start its node and wait until it answers; MirrorfsError with the end of its log if it does not."""
-        self.launch()
+        self.launch(source)
         self.wait_answering(deadline_s)
 
-    def launch(self) -> None:
-        """Start its node and wait for nothing; MirrorfsError if it runs already."""
+    def launch(self, source: Path | None = None) -> None:
+        """Start its node and wait for nothing; MirrorfsError if it runs already. `source` holds the mirrorfs to run, if that is
+        another one than ours."""
         if self.pids():
             raise MirrorfsError(f"node {self.name} is running already: `mirrorfs lab kill {self.name}` first")
         # As a daemon is started: in a session of its own, and no child of ours, which would have to wait for it. The pid
@@ -173,7 +174,7 @@ class Host:
         program = ["mirrorfs.lab.booted", str(self.home)] if is_special else ["mirrorfs"]
         mount = [sys.executable, "-m", *program, "mount", str(self.mount), "--config", str(self.config)]
         command = [*self.network.entering(self.name), *daemonize, str(self.log), *mount]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=node_environment(), cwd="/")
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=node_environment(source), cwd="/")
         process = processes.find(int(done.stdout))
         if process is None:
             raise MirrorfsError(f"node {self.name} ended at once{self.log_tail()}")
@@ -447,11 +448,12 @@ def _state(host: Host) -> str:
         return "not answering"
 
 
-def node_environment() -> dict[str, str]:
-    """Ours, with this very package to be imported, and without what would choose another node than the file does."""
+def node_environment(source: Path | None = None) -> dict[str, str]:
+    """Ours, with this very package to be imported or that in `source`, and without what would choose another node than the
+    file does."""
     environment = {name: value for name, value in os.environ.items() if name != "MIRRORFS_NODE"}
-    source = str(Path(mirrorfs.__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, environment.get("PYTHONPATH"))))
+    first = str(source or Path(mirrorfs.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (first, environment.get("PYTHONPATH"))))
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
