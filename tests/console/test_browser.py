@@ -3,9 +3,13 @@
 With `MIRRORFS_SCREENSHOTS=DIRECTORY` the pictures of the docs are made: docs/images is that directory.
 """
 
+import contextlib
 import os
+import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from selenium import webdriver
@@ -15,6 +19,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from mirrorfs import control
 from mirrorfs.lab.cluster import ADDRESS, Cluster
+from mirrorfs.lab.network import DESK
 from mirrorfs.lab.pair import wait_for
 from mirrorfs.lab.postgresql import as_postgres, installed
 from tests.console.conftest import OPERATOR, PASSWORD, VIEWER
@@ -114,6 +119,44 @@ def sql(site: Cluster, text: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else f"error: {done.stderr}"
 
 
+@contextlib.contextmanager
+def writing(site: Cluster) -> Iterator[None]:
+    """A client that commits all the time, as long as PostgreSQL answers."""
+    programs = installed()
+    assert programs is not None
+    commit = "INSERT INTO calls (said) VALUES (repeat('x', 2000)); SELECT pg_sleep(0.01);\n"
+    client = subprocess.Popen(
+        [
+            *site.lab.network.entering(DESK),
+            *as_postgres(str(programs / "psql"), "-h", ADDRESS, "-X", "-q", "-o", "/dev/null"),
+        ],
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert client.stdin is not None
+    feeding = threading.Event()
+
+    def feed(into: IO[str]) -> None:
+        with contextlib.suppress(OSError):
+            while not feeding.is_set():
+                into.write(commit)
+                into.flush()
+
+    feeder = threading.Thread(target=feed, args=(client.stdin,))
+    feeder.start()
+    try:
+        yield
+    finally:
+        feeding.set()
+        client.kill()
+        client.wait()
+        feeder.join()
+        with contextlib.suppress(OSError):
+            client.stdin.close()
+
+
 def test_a_wrong_password_is_told_and_lets_nobody_in(open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.browser.get(f"https://localhost:{page._port}/")
@@ -140,7 +183,10 @@ def test_one_click_moves_a_postgresql(open_page: Callable[..., Page], site: Clus
     page.open()
     wait_for(lambda: page.text("protection") == "Every write is on both nodes before it returns.", "the pair is mirrored")
     wait_for(lambda: "serves" in page.node("one"), "one serves")
-    page.picture("console")
+    with writing(site):
+        wait_for(lambda: "/s" in page.text("rate") and page.text("rate") != "0 B/s", "a rate is shown")
+        wait_for(lambda: page.text("latency").count("–") == 0, "all latencies are shown")
+        page.picture("console")
     page.click("switch-over")
     wait_for(lambda: page.element("dialog").is_displayed(), "the question")
     assert "from one to two" in page.text("dialog-text")
@@ -149,7 +195,10 @@ def test_one_click_moves_a_postgresql(open_page: Callable[..., Page], site: Clus
     wait_for(lambda: "serves" in page.text("message"), "the switch-over is done", 120)
     wait_for(lambda: "serves" in page.node("two") and "serves" not in page.node("one").splitlines()[0:2], "two serves")
     site.wait_serving("two")
-    wait_for(lambda: sql(site, "SELECT said FROM calls") == "before", "PostgreSQL serves with what was written")
+    wait_for(
+        lambda: sql(site, "SELECT said FROM calls WHERE said IN ('before')") == "before",
+        "PostgreSQL serves with what was written",
+    )
     assert sql(site, "INSERT INTO calls (said) VALUES ('after') RETURNING id").isdecimal()
     wait_for(lambda: any("two: " in line for line in page.text("events").splitlines()), "events tell it")
     assert page.complaints() == []

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from mirrorfs import words
+from mirrorfs.core.histogram import BOUNDS_S, quantile
 
 #: Latencies and rates are those of so many seconds.
 WINDOW_S: Final = 60.0
@@ -199,12 +200,11 @@ def _latency(now: Seen, history: Sequence[Seen]) -> dict[str, Any]:
     for kind in _KINDS:
         answer[kind] = {}
         for part in _PARTS:
-            counts: list[int] = []
+            counts = [0] * (len(BOUNDS_S) + 1)
             if now.measures is not None and first is not None and first.measures is not None:
                 new, old = (each["latency"][kind][part]["counts"] for each in (now.measures, first.measures))
                 counts = [a - b for a, b in zip(new, old, strict=True)]
-            bounds = now.measures["bounds_s"] if now.measures else []
-            answer[kind][part] = {"p50_s": _quantile(bounds, counts, 0.5), "p99_s": _quantile(bounds, counts, 0.99)}
+            answer[kind][part] = {"p50_s": quantile(counts, 0.5), "p99_s": quantile(counts, 0.99)}
         answer[kind]["count"] = _count(now, first, kind)
     return answer
 
@@ -214,19 +214,6 @@ def _count(now: Seen, first: Seen | None, kind: str) -> int:
         return 0
     new, old = (sum(each["latency"][kind]["total"]["counts"]) for each in (now.measures, first.measures))
     return int(new - old)
-
-
-def _quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """The upper bound of the class in which it lies; None if there is none."""
-    total = sum(counts)
-    if total <= 0:
-        return None
-    reached = 0
-    for place, count in enumerate(counts):
-        reached += count
-        if reached >= share * total:
-            return bounds[min(place, len(bounds) - 1)]
-    return bounds[-1]
 
 
 # ---- events
