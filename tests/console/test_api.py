@@ -3,6 +3,7 @@
 import re
 import ssl
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from tests.console.support import way_to
 pytestmark = pytest.mark.root
 
 API = "/api/v1"
+_FLOOD = """
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+held = [socket.create_connection(("127.0.0.1", 7790), timeout=20) for _ in range(1000)]
+print(len(held), flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +233,21 @@ def test_the_stream_brings_pictures_and_ends_with_the_session(operator: httpx.Cl
         assert '"protection"' in next(lines)
         operator.delete(f"{API}/session", headers=csrf(operator))
         assert "event: over" in lines
+
+
+def test_a_thousand_silent_connections_do_not_disturb_the_controller(
+    clients: Callable[[], httpx.Client], site: Cluster
+) -> None:
+    before = site.says("one")
+    flood = site.lab.one.popen(sys.executable, "-c", _FLOOD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == "1000\n"
+        assert clients().get("/openapi.json").status_code == 200
+        after = site.says("one")
+        assert before is not None
+        assert after is not None
+        assert (after["posture"], after["peer"]) == (before["posture"], before["peer"])
+    finally:
+        flood.communicate("")
+    wait_for(lambda: log_in(clients(), VIEWER).status_code == 200, "people come in")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -186,6 +187,8 @@ def test_one_click_moves_a_postgresql(open_page: Callable[..., Page], site: Clus
     with writing(site):
         wait_for(lambda: "/s" in page.text("rate") and page.text("rate") != "0 B/s", "a rate is shown")
         wait_for(lambda: page.text("latency").count("–") == 0, "all latencies are shown")
+        if SCREENSHOTS:
+            time.sleep(20)  # for a curve to look at
         page.picture("console")
     page.click("switch-over")
     wait_for(lambda: page.element("dialog").is_displayed(), "the question")

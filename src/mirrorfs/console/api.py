@@ -4,7 +4,9 @@ Who asks has a session (the cookie, and for what changes something the CSRF toke
 (`Authorization: Bearer`). An error is `{"error": one line, "kind": its class}`.
 """
 
+import logging
 import math
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,10 +29,14 @@ from mirrorfs.errors import (
     UsageError,
 )
 
+log = logging.getLogger(__name__)
+
 PREFIX: Final = "/api/v1"
 _MOST_EVENTS: Final = 200
 #: So many passwords may wait to be looked at; each takes a tenth of a second, one at a time.
 _MOST_LOGINS: Final = 8
+#: So long a line of the audit log may take.
+_DISK_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +272,7 @@ class Api:
         if role is None:
             self.sessions.end_all_of(session.user)
             raise HttpError(401, "this user is not known any more")
-        if changes and (csrf is None or csrf != session.csrf):
+        if changes and (csrf is None or not secrets.compare_digest(csrf.encode(), session.csrf.encode())):
             raise HttpError(403, "the CSRF token is missing or wrong: load the page anew")
         return Who(session.user, role, address, session)
 
@@ -304,9 +310,11 @@ class Api:
             await self.note(who.name, who.address, "logout", "done")
 
     async def note(self, name: str, address: str, action: str, result: str) -> None:
-        """Add a line to the audit log."""
+        """Add a line to the audit log, and to that of the controller. A disk that hangs keeps nobody from acting."""
         entry = {"at": round(time.time(), 3), "user": name[:100], "address": address, "action": action, "result": result}
-        await trio.to_thread.run_sync(self._audit.add, entry, limiter=self._audit_limiter)
+        log.info("console: %r from %s: %s: %s", name[:100], address, action, result)
+        with trio.move_on_after(_DISK_S):
+            await trio.to_thread.run_sync(self._audit.add, entry, limiter=self._audit_limiter, abandon_on_cancel=True)
 
     # ---- what is asked
 

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 COOKIE: Final = "__Host-mirrorfs"
 _MAX_BODY: Final = 64 << 10
+_BODY_S: Final = 10.0
 _MAX_STREAMS: Final = 50
 #: Something is sent as often as that at least, so that who has gone away is found out.
 _KEEP_ALIVE_S: Final = 15.0
@@ -174,10 +175,13 @@ def _address(request: Request) -> str:
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON of a request, {} for none. Raises UsageError, also for what a form of another page could send."""
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > _MAX_BODY:
-            raise UsageError(f"more than {_MAX_BODY} bytes")
+    with trio.move_on_after(_BODY_S) as reading:
+        async for part in request.stream():
+            content += part
+            if len(content) > _MAX_BODY:
+                raise UsageError(f"more than {_MAX_BODY} bytes")
+    if reading.cancelled_caught:
+        raise UsageError(f"the body did not come within {_BODY_S:g} s")
     if not content:
         return {}
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":

@@ -52,7 +52,7 @@ async def _serve(config: Config, node: NodePort) -> None:
     server.certfile, server.keyfile = str(certificate), str(key)
     server.include_server_header = False
     server.ssl_handshake_timeout = 10
-    server.read_timeout = 60
+    server.keep_alive_timeout = 10  # also for a request whose head does not come
     server.graceful_timeout = 0.5
     server.accesslog, server.errorlog = None, log
     server.loglevel = "WARNING"
@@ -60,6 +60,8 @@ async def _serve(config: Config, node: NodePort) -> None:
     observer = Observer(node, own.state_dir)
     api = Api(observer, users, Lines(own.state_dir / "console-audit.jsonl"))
     app = Console(api).app()
+    if users.is_empty:
+        log.info("the console has no users yet: mirrorfs console user NAME --role operate")
     with _listen(own.console, settings.port) as listening:
         try:
             server.create_ssl_context()
@@ -71,8 +73,6 @@ async def _serve(config: Config, node: NodePort) -> None:
             wrapped: Any = wrap_app(app, server.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
             host = f"[{own.console}]" if ":" in own.console else own.console
             log.info("the console: https://%s:%d/", host, settings.port)
-            if users.is_empty:
-                log.info("the console has no users yet: mirrorfs console user NAME --role operate")
             await worker_serve(wrapped, server, sockets=sockets, shutdown_trigger=trio.sleep_forever)
 
 
