@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import signal
 import time
 from typing import Any, Final
@@ -60,9 +59,6 @@ def run(config: Config) -> None:
     if config.console.enabled:
         # Now, and not when the loop runs: it takes half a second, in which no heartbeat would go out.
         import mirrorfs.console.server  # noqa: F401
-    # Whoever opens connections to the console must not use up what the controller needs.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     lock = backing.lock_file(state / "controller.lock", f"{state}: another mirrorfs controller uses it: stop it first")
     try:
         trio.run(_run, config, key)

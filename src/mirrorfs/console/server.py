@@ -3,15 +3,17 @@
 Whatever goes wrong with it is told, and nothing else of the controller suffers.
 """
 
+import contextlib
 import logging
 import socket
-from typing import Any, Final
+import ssl
+from typing import Final
 
 import trio
+from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as ServerConfig
-from hypercorn.config import Sockets
-from hypercorn.trio.run import worker_serve
-from hypercorn.utils import wrap_app
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
 
 from mirrorfs.config import Config
 from mirrorfs.console.api import Api
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _AGAIN_S: Final = 30.0
 _BACKLOG: Final = 100
+#: The descriptors of the controller are for its services.
+_MOST_CONNECTIONS: Final = 200
 
 
 async def serve(config: Config, node: NodePort) -> None:
@@ -64,16 +68,50 @@ async def _serve(config: Config, node: NodePort) -> None:
         log.info("the console has no users yet: mirrorfs console user NAME --role operate")
     with _listen(own.console, settings.port) as listening:
         try:
-            server.create_ssl_context()
+            context = server.create_ssl_context()
         except OSError as error:
             raise MirrorfsError(f"{certificate} and {key} cannot be used: {error}") from None
+        assert context is not None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(observer.run)
-            sockets = Sockets([listening], [], [])
-            wrapped: Any = wrap_app(app, server.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
             host = f"[{own.console}]" if ":" in own.console else own.console
             log.info("the console: https://%s:%d/", host, settings.port)
-            await worker_serve(wrapped, server, sockets=sockets, shutdown_trigger=trio.sleep_forever)
+            await _Connections(ASGIWrapper(app), server, context).serve(listening)  # type: ignore[arg-type]
+
+
+class _Connections:
+    """Accepts them, and has Hypercorn serve each. Its own loop bounds neither how many there are nor the end: what it sends to
+    somebody who does not read is shielded, and the controller could not stop."""
+
+    def __init__(self, app: ASGIWrapper, config: ServerConfig, context: ssl.SSLContext) -> None:
+        self._app, self._config, self._context = app, config, context
+        self._worker = WorkerContext(None)
+        self._open: set[trio.SocketStream] = set()
+
+    async def serve(self, listening: socket.socket) -> None:
+        """Serve who comes until cancelled; then everybody is hung up on."""
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        async with trio.open_nursery() as connections:
+            try:
+                await trio.serve_listeners(self._converse, [listener], handler_nursery=connections)
+            finally:
+                for stream in self._open:
+                    with contextlib.suppress(OSError):
+                        stream.socket.shutdown(socket.SHUT_RDWR)
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        if len(self._open) >= _MOST_CONNECTIONS:
+            await trio.aclose_forcefully(stream)
+            return
+        self._open.add(stream)
+        try:
+            secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
+            await TCPServer(self._app, self._config, self._worker, {}, secured)
+        except Exception:
+            log.exception("a conversation of the console failed")
+        finally:
+            self._open.discard(stream)
+            await trio.aclose_forcefully(stream)
 
 
 def _listen(address: str, port: int) -> socket.socket:

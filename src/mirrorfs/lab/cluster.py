@@ -133,6 +133,12 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def stop_controller(self, name: str, deadline_s: float = 60) -> int:
+        """SIGTERM to one; returns its exit status."""
+        process = self._controllers.pop(name)
+        process.terminate()
+        return process.wait(deadline_s)
+
     def kill_host(self, name: str) -> None:
         """SIGKILL to everything that runs on a host."""
         self.lab.kill_everything(name)
