@@ -1,0 +1,281 @@
+"""Application modules on a real pair with controllers: rows that were acknowledged through the address outlive the server."""
+
+import shutil
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mirrorfs.lab import cluster, postgresql, scratch
+from mirrorfs.lab.cluster import ADDRESS, Cluster
+from mirrorfs.lab.pair import Host, wait_for
+from mirrorfs.lab.postgresql import as_postgres
+from tests.pair.support import mirrorfs, tree_differences
+
+pytestmark = pytest.mark.root
+
+_NUMBERS = "noted"
+
+
+@dataclass(slots=True)
+class Site:
+    """A cluster whose nodes have no service yet."""
+
+    cluster: Cluster
+    place: Path
+
+    @property
+    def one(self) -> Host:
+        return self.cluster.lab.one
+
+    @property
+    def two(self) -> Host:
+        return self.cluster.lab.two
+
+    def home(self, host: Host) -> Path:
+        """The directory of a host's own that its controller knows as $LAB_HOME."""
+        return Path(f"{self.cluster.lab.dir}-servers") / host.name
+
+    def add(self, module: str, **settings: str) -> None:
+        """`mirrorfs modules add` on both nodes, as a person would do it; then both begin anew."""
+        options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
+        for host in (self.one, self.two):
+            self.home(host).mkdir(parents=True, exist_ok=True)
+            self.home(host).chmod(0o777)
+            done = mirrorfs(host, "modules", "add", module, "--set", "run=commands", "--dir", str(self.place), *options)
+            assert (done.returncode, done.stderr) == (0, "")
+        for host in (self.two, self.one):
+            host.stop()
+            host.start()
+            self.cluster.lab.wait_mirrored()
+        assert self.one.status().get("differences") == []
+
+    def run(self, host: Host, *command: str | Path) -> str:
+        """What a command on a host printed; it succeeds."""
+        done = host.run(*command, cwd="/", capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return str(done.stdout)
+
+    def at_desk(self, *command: str) -> str:
+        """What a command of a client printed; it succeeds."""
+        done = self.cluster.at_desk(*command)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """Not below pytest's directories, which are root's alone: the servers run as users of their own."""
+    with scratch.place(None) as place:
+        text = cluster.sections("", failover='detection_timeout = "1500ms"')
+        try:
+            with Cluster(place / "lab", text, options={"ack_timeout": "1s", "freeze_timeout": "3s"}) as made:
+                yield Site(made, place)
+        finally:
+            for left in place.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@dataclass(slots=True)
+class Client:
+    """Commits one number after the other through the address, and keeps those whose commit was acknowledged."""
+
+    site: Site
+    insert: Callable[[int], list[str]]
+    noted: list[int] = field(default_factory=list)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Client":
+        self._thread = threading.Thread(target=self._commit)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _commit(self) -> None:
+        number = 0
+        while not self._stopping.is_set():
+            number += 1  # never the same twice: one that was not acknowledged may be there all the same
+            if self.site.cluster.at_desk("timeout", "5", *self.insert(number)).returncode == 0:
+                self.noted.append(number)
+
+    def wait_noted(self, more: int) -> None:
+        goal = len(self.noted) + more
+        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", 90)
+
+
+def come_back(site: Site) -> None:
+    """Host one is started again, and could have the application."""
+    site.one.start()
+    site.cluster.start_controller("one")
+    site.cluster.lab.wait_mirrored()
+
+    def can_have_it() -> bool:
+        return ((site.cluster.says("two") or {}).get("peer") or {}).get("mount") == "standby"
+
+    wait_for(can_have_it, "the controller that serves knows that the other node follows")
+
+
+def fail_over(
+    site: Site, insert: Callable[[int], list[str]], found: Callable[[], set[int]], check: Callable[[Host], None]
+) -> None:
+    """Kill the primary's host under a client that commits, let it come back, and give it the application back."""
+    with Client(site, insert) as client:
+        client.wait_noted(25)
+        site.cluster.kill_host("one")
+        site.cluster.wait_serving("two", 120)
+        client.wait_noted(10)
+        assert set(client.noted) - found() == set(), "acknowledged, and missing on the node that took over"
+        check(site.two)
+        come_back(site)
+        client.wait_noted(5)
+        assert "serves" in site.cluster.command("two", "switchover")
+        site.cluster.wait_serving("one")
+        client.wait_noted(5)
+    assert len(client.noted) > 40
+    assert set(client.noted) - found() == set(), "acknowledged, and missing on the node that came back"
+    check(site.one)
+    assert tree_differences(site.cluster.lab) == []
+
+
+# ---- PostgreSQL
+
+
+@pytest.mark.skipif(postgresql.installed() is None, reason="needs PostgreSQL")
+def test_postgresql_of_its_module_fails_over_with_every_acknowledged_row(site: Site) -> None:
+    programs = postgresql.installed()
+    assert programs is not None
+    psql = [str(programs / "psql"), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
+    psql += [f"host={ADDRESS} user=postgres dbname=postgres connect_timeout=2", "-c"]
+    cluster.create_postgresql(site.one, programs)
+    places = {"mount": "$LAB_MOUNT", "sockets": "$LAB_HOME", "log": "$LAB_HOME/postgresql.log"}
+    site.add("postgresql", version=programs.parent.name, **places)
+    site.cluster.start_controllers()
+    site.at_desk(*psql, f"create table {_NUMBERS} (n bigint primary key, filler text default repeat('x', 500))")
+
+    def found() -> set[int]:
+        return {int(line) for line in site.at_desk(*psql, f"select n from {_NUMBERS}").split()}
+
+    def check(host: Host) -> None:
+        options = ["-h", str(site.home(host)), "--all", "--install-missing", "--heapallindexed", "--parent-check"]
+        site.run(host, *as_postgres(str(programs / "pg_amcheck"), *options))
+
+    fail_over(site, lambda number: [*psql, f"insert into {_NUMBERS} values ({number})"], found, check)
+
+
+# ---- MariaDB
+
+
+@pytest.mark.skipif(shutil.which("mariadbd", path="/usr/sbin:/usr/bin") is None, reason="needs MariaDB")
+def test_mariadb_of_its_module_fails_over_with_every_acknowledged_row(site: Site) -> None:
+    data = site.one.mount / "mysql"
+    site.run(site.one, "mariadb-install-db", "--user=mysql", f"--datadir={data}", "--skip-test-db")
+    places = {"mount": "$LAB_MOUNT", "socket": "$LAB_HOME/mysqld.sock", "log": "$LAB_HOME/mariadb.log"}
+    site.add("mariadb", **places)
+    site.cluster.start_controllers()
+
+    def as_root(host: Host, program: str) -> list[str]:
+        return [program, f"--socket={site.home(host)}/mysqld.sock", "--user=root"]
+
+    script = (
+        f"create database app; create table app.{_NUMBERS} (n bigint primary key, filler varchar(500)) engine=innodb; "
+        "create user app@'10.79.0.%' identified by 'secret'; grant all on app.* to app@'10.79.0.%'"
+    )
+    site.run(site.one, *as_root(site.one, "mariadb"), "--execute", script)
+    client = ["mariadb", f"--host={ADDRESS}", "--user=app", "--password=secret", "--connect-timeout=2", "--batch"]
+
+    def found() -> set[int]:
+        rows = site.at_desk(*client, "--skip-column-names", "--execute", f"select n from app.{_NUMBERS}")
+        return {int(line) for line in rows.split()}
+
+    def check(host: Host) -> None:
+        said = site.run(host, *as_root(host, "mariadb-check"), "--all-databases", "--check", "--extended")
+        assert {line.split()[-1] for line in said.splitlines()} == {"OK"}, said
+
+    def insert(number: int) -> list[str]:
+        return [*client, "--execute", f"insert into app.{_NUMBERS} values ({number}, repeat('x', 500))"]
+
+    fail_over(site, insert, found, check)
+
+
+# ---- any application, by three files of one's own
+
+_SERVER = f"""
+import contextlib, socket, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("create table if not exists {_NUMBERS} (n integer primary key, filler text)")
+server = socket.create_server(("", 7000))
+while True:
+    connection, _ = server.accept()
+    with connection, connection.makefile("rw") as lines, contextlib.suppress(OSError, ValueError):
+        asked = lines.readline().strip()
+        if asked == "all":
+            print(*(n for n, in database.execute("select n from {_NUMBERS}")), file=lines)
+        else:
+            database.execute("insert into {_NUMBERS} values (?, ?)", (int(asked), "x" * 500))
+            print(asked, file=lines)
+"""
+_ASK = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 7000), timeout=3) as connection, connection.makefile("rw") as lines:
+    print(sys.argv[2], file=lines, flush=True)
+    answer = lines.readline()
+print(answer, end="")
+sys.exit(not answer.endswith("\\n"))
+"""
+
+
+def test_an_application_of_the_generic_module_fails_over_with_every_acknowledged_row(site: Site) -> None:
+    own = site.place / "dispatch"
+    own.mkdir()
+    (own / "server.py").write_text(_SERVER)
+    (own / "ask.py").write_text(_ASK)
+    for name, line in {
+        "start": f"python3 {own}/server.py $LAB_MOUNT/dispatch.sqlite </dev/null & echo $! >$LAB_HOME/pid",
+        "stop": "pkill --pidfile $LAB_HOME/pid -f server.py || true",
+        "check": f"python3 {own}/ask.py 127.0.0.1 all >/dev/null",
+    }.items():
+        (own / name).write_text(f"#!/bin/sh\n{line}\n")
+        (own / name).chmod(0o755)
+    files = {name: str(own / name) for name in ("start", "stop", "check")}
+    site.add("generic", name="dispatch", interval="500ms", **files)
+    site.cluster.start_controllers()
+
+    def ask(what: object) -> list[str]:
+        return ["python3", str(own / "ask.py"), ADDRESS, str(what)]
+
+    def check(host: Host) -> None:
+        database = sqlite3.connect(f"file:{host.mount}/dispatch.sqlite?mode=ro", uri=True)
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
+        database.close()
+
+    fail_over(site, ask, lambda: set(map(int, site.at_desk(*ask("all")).split())), check)
+
+
+# ---- a module of one's own, as docs/MODULES.md has it
+
+
+def test_a_module_of_ones_own_begun_with_new_fails_over(site: Site) -> None:
+    site.run(site.one, sys.executable, "-m", "mirrorfs", "modules", "new", "www", site.place)
+    (site.one.mount / "www").mkdir()
+    (site.one.mount / "www" / "page").write_text("of the volume")
+    site.add("www", mount="$LAB_MOUNT", pid_file="$LAB_HOME/www.pid")
+    site.cluster.start_controllers()
+    ask = f"import urllib.request as r; print(r.urlopen('http://{ADDRESS}:8080/page', timeout=3).read().decode(), end='')"
+    client = [sys.executable, "-c", ask]
+    assert site.at_desk(*client) == "of the volume"
+    site.cluster.kill_host("one")
+    site.cluster.wait_serving("two")
+    assert site.at_desk(*client) == "of the volume"
+    come_back(site)
+    assert "serves" in site.cluster.command("two", "switchover")
+    assert site.at_desk(*client) == "of the volume"
+    assert "did not stop" not in site.cluster.log("two").read_text()
