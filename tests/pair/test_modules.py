@@ -1,19 +1,26 @@
 """Application modules on a real pair with controllers: rows that were acknowledged through the address outlive the server."""
 
+import contextlib
+import re
 import shutil
 import sqlite3
-import sys
+import subprocess
+import tempfile
 import threading
+import tomllib
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from mirrorfs import modules
 from mirrorfs.lab import cluster, postgresql, scratch
 from mirrorfs.lab.cluster import ADDRESS, Cluster
 from mirrorfs.lab.pair import Host, wait_for
 from mirrorfs.lab.postgresql import as_postgres
+from mirrorfs.modules import adding
 from tests.pair.support import mirrorfs, tree_differences
 
 pytestmark = pytest.mark.root
@@ -146,6 +153,12 @@ def fail_over(
     assert tree_differences(site.cluster.lab) == []
 
 
+def is_whole(file: Path) -> None:
+    """SQLite's own check of a database."""
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
+
+
 # ---- PostgreSQL
 
 
@@ -252,30 +265,102 @@ def test_an_application_of_the_generic_module_fails_over_with_every_acknowledged
     def ask(what: object) -> list[str]:
         return ["python3", str(own / "ask.py"), ADDRESS, str(what)]
 
-    def check(host: Host) -> None:
-        database = sqlite3.connect(f"file:{host.mount}/dispatch.sqlite?mode=ro", uri=True)
-        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
-        database.close()
+    def found() -> set[int]:
+        return set(map(int, site.at_desk(*ask("all")).split()))
 
-    fail_over(site, ask, lambda: set(map(int, site.at_desk(*ask("all")).split())), check)
+    fail_over(site, ask, found, lambda host: is_whole(host.mount / "dispatch.sqlite"))
 
 
 # ---- a module of one's own, as docs/MODULES.md has it
 
 
-def test_a_module_of_ones_own_begun_with_new_fails_over(site: Site) -> None:
-    site.run(site.one, sys.executable, "-m", "mirrorfs", "modules", "new", "www", site.place)
-    (site.one.mount / "www").mkdir()
-    (site.one.mount / "www" / "page").write_text("of the volume")
-    site.add("www", mount="$LAB_MOUNT", pid_file="$LAB_HOME/www.pid")
+def block_of_the_page(language: str) -> str:
+    """The only block of docs/MODULES.md in a language."""
+    page = (Path(__file__).parents[2] / "docs" / "MODULES.md").read_text()
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def test_the_example_of_the_page_fails_over_with_every_acknowledged_order(site: Site) -> None:
+    (site.place / "orders.py").write_text(block_of_the_page("python"))
+    (site.place / "orders.toml").write_text(block_of_the_page("toml"))
+    (site.one.mount / "orders").mkdir()
+    places = {"mount": "$LAB_MOUNT", "program": str(site.place / "orders.py"), "pid_file": "$LAB_HOME/orders.pid"}
+    site.add("orders", **places)
     site.cluster.start_controllers()
-    ask = f"import urllib.request as r; print(r.urlopen('http://{ADDRESS}:8080/page', timeout=3).read().decode(), end='')"
-    client = [sys.executable, "-c", ask]
-    assert site.at_desk(*client) == "of the volume"
-    site.cluster.kill_host("one")
-    site.cluster.wait_serving("two")
-    assert site.at_desk(*client) == "of the volume"
-    come_back(site)
-    assert "serves" in site.cluster.command("two", "switchover")
-    assert site.at_desk(*client) == "of the volume"
-    assert "did not stop" not in site.cluster.log("two").read_text()
+    url = f"http://{ADDRESS}:8090/orders"
+
+    def order(number: int) -> list[str]:
+        ask = f"import urllib.request as r; r.urlopen('{url}', b'order-{number}', timeout=3).read()"
+        return ["python3", "-c", ask]
+
+    def found() -> set[int]:
+        ask = f"import urllib.request as r; print(r.urlopen('{url}', timeout=3).read().decode())"
+        return {int(line.split("-")[1]) for line in site.at_desk("python3", "-c", ask).split() if "-" in line}
+
+    fail_over(site, order, found, lambda host: is_whole(host.mount / "orders" / "orders.sqlite"))
+    for name in ("one", "two"):
+        assert "did not stop" not in site.cluster.log(name).read_text()
+
+
+# ---- the commands of modules, without a pair
+
+
+def service_of(rendered: modules.Rendered) -> dict[str, str]:
+    (service,) = tomllib.loads(rendered.services)["service"]
+    return dict(service)
+
+
+def shell(text: str) -> subprocess.CompletedProcess[bytes]:
+    """As the controller runs it, what it says apart: a server that it leaves behind must not hold a pipe of ours."""
+    return subprocess.run(["sh", "-c", text], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+
+
+@pytest.mark.skipif(postgresql.installed() is None, reason="needs PostgreSQL")
+def test_postgresql_believes_a_lock_file_only_of_a_server_that_works_there() -> None:
+    """On the volume, that of the other machine is found, whose process here is somebody else; also with the same user."""
+    programs = postgresql.installed()
+    assert programs is not None
+    with tempfile.TemporaryDirectory(prefix="mirrorfs-modules-", dir="/var/tmp") as directory:
+        Path(directory).chmod(0o755)
+        private = Path(directory) / "private"
+        postgresql.make_private(private)
+        server = postgresql.Server(programs, Path(directory) / "data", private)
+        server.create()
+        places = {"data": str(server.cluster), "sockets": str(private), "log": str(private / "log")}
+        settings = {"run": "commands", "version": programs.parent.name, "listen": "127.0.0.1", "port": "15432"} | places
+        service = service_of(modules.render(modules.find("postgresql"), settings))
+        lock = server.cluster / "postmaster.pid"
+        with subprocess.Popen(as_postgres("sleep", "1000")) as stranger:
+            try:
+                wait_for(lambda: Path(f"/proc/{stranger.pid}").stat().st_uid != 0, "it is postgres's")
+                lock.write_text(f"{stranger.pid}\n{server.cluster}\n1\n15432\n{private}\n\n1 1\nready\n")
+                assert shell(service["stop"]).returncode == 0
+                assert stranger.poll() is None, "nobody else is stopped"
+                assert shell(service["start"]).returncode == 0, (private / "log").read_text()
+            finally:
+                stranger.kill()
+        running = lock.read_text()
+        assert shell(service["start"]).returncode != 0
+        assert lock.read_text() == running, "that of a server that is there stays"
+        assert [shell(service["stop"]).returncode for _ in range(2)] == [0, 0]
+        assert not lock.exists()
+
+
+def test_the_skeleton_of_a_new_module_starts_answers_and_stops(tmp_path: Path) -> None:
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "page").write_text("of the volume")
+    file = adding.new("www", tmp_path / "modules")
+    settings = {"mount": str(tmp_path), "pid_file": str(tmp_path / "pid"), "port": "18080"}
+    service = service_of(modules.render(modules.read_module(file), settings))
+    assert shell(service["stop"]).returncode == 0, "nothing is there"
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen("http://127.0.0.1:18080/page", timeout=3) as page:
+            return bool(page.read() == b"of the volume")
+        return False
+
+    assert shell(service["start"]).returncode == 0
+    wait_for(answers, "it serves the file")
+    assert [shell(service["stop"]).returncode for _ in range(2)] == [0, 0]
+    wait_for(lambda: not answers(), "it has ended")
