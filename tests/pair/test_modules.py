@@ -1,8 +1,10 @@
 """Application modules on a real pair with controllers: rows that were acknowledged through the address outlive the server."""
 
 import contextlib
+import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import tempfile
@@ -306,6 +308,9 @@ def test_the_example_of_the_page_fails_over_with_every_acknowledged_order(site: 
 # ---- the commands of modules, without a pair
 
 
+_BUSY = "do 'begin loop null; end loop; end'"
+
+
 def service_of(rendered: modules.Rendered) -> dict[str, str]:
     (service,) = tomllib.loads(rendered.services)["service"]
     return dict(service)
@@ -343,6 +348,20 @@ def test_postgresql_believes_a_lock_file_only_of_a_server_that_works_there() -> 
         running = lock.read_text()
         assert shell(service["start"]).returncode != 0
         assert lock.read_text() == running, "that of a server that is there stays"
+        with subprocess.Popen(as_postgres(str(programs / "psql"), "-h", str(private), "-p", "15432", "-c", _BUSY)) as client:
+
+            def backend() -> list[str]:
+                query = f"select pid from pg_stat_activity where query like 'do %'"
+                return server.client("psql", "-p", "15432", "-Atc", query).split()
+
+            wait_for(lambda: bool(backend()), "it is busy")
+            (busy,) = map(int, backend())
+            os.kill(int(running.split()[0]), signal.SIGKILL)
+            assert shell(service["start"]).returncode != 0
+            assert lock.read_text() == running, "a process of a server that was killed may still write"
+            os.kill(busy, signal.SIGKILL)
+            client.wait(timeout=30)
+        assert shell(service["start"]).returncode == 0, (private / "log").read_text()
         assert [shell(service["stop"]).returncode for _ in range(2)] == [0, 0]
         assert not lock.exists()
 
