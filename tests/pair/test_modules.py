@@ -311,6 +311,14 @@ def test_the_example_of_the_page_fails_over_with_every_acknowledged_order(site: 
 _BUSY = "do 'begin loop null; end loop; end'"
 
 
+def end_all_that_work_in(directory: Path) -> None:
+    """SIGKILL to what a test that failed has left there."""
+    for cwd in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if cwd.readlink() == directory:
+                os.kill(int(cwd.parent.name), signal.SIGKILL)
+
+
 def service_of(rendered: modules.Rendered) -> dict[str, str]:
     (service,) = tomllib.loads(rendered.services)["service"]
     return dict(service)
@@ -326,7 +334,9 @@ def test_postgresql_believes_a_lock_file_only_of_a_server_that_works_there() -> 
     """On the volume, that of the other machine is found, whose process here is somebody else; also with the same user."""
     programs = postgresql.installed()
     assert programs is not None
-    with tempfile.TemporaryDirectory(prefix="mirrorfs-modules-", dir="/var/tmp") as directory:
+    with contextlib.ExitStack() as undo:
+        directory = undo.enter_context(tempfile.TemporaryDirectory(prefix="mirrorfs-modules-", dir="/var/tmp"))
+        undo.callback(end_all_that_work_in, Path(directory) / "data")
         Path(directory).chmod(0o755)
         private = Path(directory) / "private"
         postgresql.make_private(private)
