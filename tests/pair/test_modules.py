@@ -361,7 +361,7 @@ def test_postgresql_believes_a_lock_file_only_of_a_server_that_works_there() -> 
         with subprocess.Popen(as_postgres(str(programs / "psql"), "-h", str(private), "-p", "15432", "-c", _BUSY)) as client:
 
             def backend() -> list[str]:
-                query = f"select pid from pg_stat_activity where query like 'do %'"
+                query = "select pid from pg_stat_activity where query like 'do %'"
                 return server.client("psql", "-p", "15432", "-Atc", query).split()
 
             wait_for(lambda: bool(backend()), "it is busy")
