@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -120,6 +121,14 @@ def test_without_systemd_commands_are_what_is_added_and_with_it_a_unit(monkeypat
     assert 'unit = "postgresql@16-main.service"' in modules.render(modules.find("postgresql"), {"version": "16"}).services
 
 
+@pytest.mark.parametrize(("name", "unit"), [("postgresql", "postgresql@.service"), ("mariadb", "mariadb.service")])
+def test_the_units_are_those_of_debian(name: str, unit: str) -> None:
+    (service,) = tomllib.loads(modules.render(modules.find(name), {"run": "systemd"}).services)["service"]
+    assert re.sub("@.*[.]", "@.", service["unit"]) == unit
+    if Path(f"/usr/share/doc/{name}-common").exists() or Path(f"/usr/share/doc/{name}-server").exists():
+        assert any((Path(place) / unit).exists() for place in ("/usr/lib/systemd/system", "/lib/systemd/system"))
+
+
 def test_a_module_without_a_unit_is_run_by_commands_where_systemd_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: Path
 ) -> None:
@@ -141,6 +150,7 @@ def test_a_module_without_a_unit_is_run_by_commands_where_systemd_runs(
         ({"target": "$(reboot)"}, "cannot be"),
         ({"target": '"'}, "cannot be"),
         ({"mount": "data"}, '--set mount: "data" cannot be, begin it with /'),
+        ({"mount": "/data/"}, '--set mount: "/data/" cannot be'),
         ({"mount": "/a\nb"}, r'--set mount: "/a\nb" cannot be'),
         ({"run": "systemd"}, '--set run: module own runs with commands, not with "systemd"'),
     ],

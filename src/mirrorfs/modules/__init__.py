@@ -34,7 +34,10 @@ _SYSTEMD_RUNS: Final = Path("/run/systemd/system")
 _WORD: Final = re.compile(r"([A-Za-z0-9_./:@%+,=-]|\$[A-Z_][A-Z0-9_]*)+")
 _KINDS: Final = {
     "word": (_WORD, "use A-Z a-z 0-9 _ . / : @ % + , = - and $VARIABLES"),
-    "path": (re.compile(rf"(?=/|\$){_WORD.pattern}"), "begin it with / and use A-Z a-z 0-9 _ . / : @ % + , = - and $VARIABLES"),
+    "path": (
+        re.compile(rf"(?=/|\$)(?:{_WORD.pattern})(?<!/)"),
+        "begin it with /, do not end it with /, and use A-Z a-z 0-9 _ . / : @ % + , = - and $VARIABLES",
+    ),
     "number": (re.compile(r"[0-9]{1,9}"), "use digits"),
     "command": (re.compile(r".+"), "write something, on one line"),
 }
