@@ -26,8 +26,6 @@ PAGES: Final = sorted(DOCS.rglob("*.md"))
 TEXTS: Final = sorted([*PROJECT.glob("*.md"), *PAGES])
 #: Beginnings of messages of the systems underneath, and not of ours.
 FROM_BELOW: Final = {"certificate has expired", *(os.strerror(number) for number in range(1, 134))}
-#: Options that docs/QUICKSTART.md has and the program has not yet.
-COMING: Final = {"mirrorfs init --module", "mirrorfs init --vip"}
 
 _LINK: Final = re.compile(r"!?\[(?:[^][]|\[[^]]*\])*\]\(([^)\s]+)\)")
 _FENCE: Final = re.compile(r"^(`{3,})[^\n]*\n(.*?)^\1`*$", re.MULTILINE | re.DOTALL)
@@ -196,12 +194,7 @@ def _wrong_in(words: list[str]) -> str | None:
 
 @pytest.mark.parametrize("text", TEXTS, ids=_name)
 def test_commands_that_are_shown_exist_with_their_options(text: Path) -> None:
-    assert [wrong for words in _command_lines(text.read_text()) if (wrong := _wrong_in(words)) and wrong not in COMING] == []
-
-
-@pytest.mark.parametrize("wrong", sorted(COMING))
-def test_what_is_written_ahead_is_still_ahead(wrong: str) -> None:
-    assert _wrong_in(wrong.split()[1:]) == wrong, f"it is there: take {wrong!r} out of COMING"
+    assert [wrong for words in _command_lines(text.read_text()) if (wrong := _wrong_in(words))] == []
 
 
 def test_a_command_that_does_not_exist_is_found() -> None:

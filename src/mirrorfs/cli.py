@@ -33,6 +33,7 @@ from mirrorfs.errors import ConfirmationNeededError, MirrorfsError, UsageError
 from mirrorfs.failover_cli import controller, has_controller, maintenance, make_key, preview, say, switchover
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
+from mirrorfs.modules_cli import app as modules_app
 from mirrorfs.setup_cli import doctor, init, join, support
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ lost_app = typer.Typer(
 app.add_typer(lost_app, name="lost")
 app.add_typer(console_app, name="console")
 app.add_typer(lab_app, name="lab")
+app.add_typer(modules_app, name="modules")
 app.command()(demo)
 app.command()(bench)
 for _command in (init, join, doctor, support, switchover, maintenance, controller):

@@ -111,9 +111,13 @@ def prepare(volume: str, file: Path | None, node: str | None, address: str | Non
 
 @dataclass(slots=True)
 class Invitation:
-    """The first node, while it waits for the second one. `joined` is the name of that, once it is here."""
+    """The first node, while it waits for the second one. `joined` is the name of that, once it is here.
+
+    `sections` is TOML that the configuration has from then on, too: what only a pair can have.
+    """
 
     config: Config
+    sections: str = ""
     secret: bytes = field(default_factory=partial(secrets.token_bytes, _SECRET_BYTES))
     joined: str = ""
     _wrong: int = 0
@@ -203,6 +207,7 @@ class Invitation:
         port = self.config.node.port
         text += f"\n[nodes.{_toml(name)}]\naddress = {_toml(address)}\n"
         text += f"port = {port}\n" if port != configuration.DEFAULT_PORT else ""
+        text += f"\n{self.sections}" if self.sections else ""
         fresh = self.config.file.with_name(f".{self.config.file.name}.joining")
         _write(fresh, text)
         try:

@@ -12,6 +12,8 @@ import typer
 from mirrorfs import config as configuration
 from mirrorfs.cli_base import Chosen, ConfigFile, Json, NodeName, load
 from mirrorfs.config import DEFAULT_PORT
+from mirrorfs.errors import UsageError
+from mirrorfs.modules_cli import Settings
 
 Address = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Of this node, for the other one. Default: the only one that there is.")
@@ -28,6 +30,12 @@ def init(
     address: Address = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="On which the other node connects.")] = DEFAULT_PORT,
     minutes: Annotated[float, typer.Option(min=0.1, max=1440, help="So long the code is good.")] = 15,
+    module: Annotated[str | None, typer.Option(metavar="NAME", help="A module whose services both nodes are to have.")] = None,
+    settings: Settings = None,
+    vips: Annotated[
+        list[str] | None,
+        typer.Option("--vip", metavar="ADDRESS/LENGTH@INTERFACE", help="An address that moves with them. Repeatable."),
+    ] = None,
     config: ConfigFile = None,
     node: NodeName = None,
 ) -> None:
@@ -35,9 +43,17 @@ def init(
     import trio
 
     from mirrorfs.joining import Invitation, prepare
+    from mirrorfs.modules import adding
 
     chosen: Chosen = context.obj
-    invitation = Invitation(prepare(volume, config or chosen.config, node or chosen.node, address, port, mount))
+    # Before anything is written, as far as that can be said then.
+    adding.of_options(module, settings or [], vips or [], mount, {"this node": [address] if address else []})
+    loaded = prepare(volume, config or chosen.config, node or chosen.node, address, port, mount)
+    addresses = {loaded.node.name: (loaded.node.address, *loaded.node.heartbeats)}
+    sections = adding.of_options(module, settings or [], vips or [], loaded.mount, addresses)
+    if sections and loaded.peer is not None:
+        raise UsageError(f"{loaded.file} names both nodes already: `mirrorfs modules add` puts a module there")
+    invitation = Invitation(loaded, sections)
 
     async def wait() -> None:
         async with trio.open_nursery() as nursery:

@@ -127,6 +127,22 @@ def test_the_second_node_gets_the_file_of_the_first(lab: Lab, tmp_path: Path) ->
     assert second.peer.port == first.node.port == second.node.port == 7799
 
 
+def test_a_module_and_an_address_given_to_init_are_on_both_nodes(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    options = ("--mount", "/d", "--module", "generic", "--set", "run=commands", "--set", "start=run $(it)", "--vip")
+    with _without_default_keys(), _Init(lab.one, one, *options, "10.77.0.100/24@eth0") as init:
+        assert configuration.load(one).failover is None, "it needs two nodes"
+        done = _join(lab.two, init.code, two)
+        assert done.returncode == 0, done.stderr
+        assert init.end()[0] == 0
+    first, second = configuration.load(one), configuration.load(two)
+    assert first.shared == second.shared
+    for loaded in (first, second):
+        assert loaded.failover is not None
+        assert [(service.name, service.start) for service in loaded.failover.services] == [("generic", "run $(it)")]
+        assert [(str(vip.address), vip.interface) for vip in loaded.failover.vips] == [("10.77.0.100/24", "eth0")]
+
+
 def test_a_code_is_good_once_and_for_its_node_only(lab: Lab, tmp_path: Path) -> None:
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     _with_places(lab.one, one)

@@ -249,3 +249,19 @@ def test_the_command_tells_by_its_exit_status(trees: tuple[Path, Path]) -> None:
     different = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     assert different.returncode == 1
     assert different.stdout.startswith("plain: mode: ")
+
+
+def test_what_was_allocated_and_read_is_a_hole_all_the_same(tmp_path: Path) -> None:
+    """The kernel takes it for data as long as it is in the page cache."""
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "file", "wb") as file:
+            if name == "right":
+                os.posix_fallocate(file.fileno(), 0, 1024 * KIB)
+            os.ftruncate(file.fileno(), 1024 * KIB)
+            os.pwrite(file.fileno(), b"x" * 4 * KIB, 0)
+            os.fsync(file.fileno())
+        (tmp_path / name / "file").read_bytes()
+        os.utime(tmp_path / name / "file", ns=(0, 0))
+        os.utime(tmp_path / name, ns=(0, 0))
+    assert list(differences(tmp_path / "left", tmp_path / "right")) == []

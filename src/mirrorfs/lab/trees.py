@@ -172,6 +172,11 @@ def _compare_files(path: bytes, left: int, right: int) -> Iterator[str]:
     if sizes[0] != sizes[1]:
         yield _line(path, "size", *(f"{size} bytes" for size in sizes))
         return
+    if any(ours != theirs for ours, theirs in zip_longest(_data_ranges(left), _data_ranges(right))):
+        # What was allocated and never written is a hole to the kernel, but data as long as it is in the page cache.
+        for fd in (left, right):
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     for ours, theirs in zip_longest(_data_ranges(left), _data_ranges(right)):
         if ours != theirs:
             yield _line(path, "holes, data at", *(f"{r[0]}-{r[1]}" if r else "nothing more" for r in (ours, theirs)))
