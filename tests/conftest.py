@@ -6,9 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from mirrorfs.lab.pair import Lab
 from tests.sim.background import Background
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("mirrorfs", deadline=None)
+settings.load_profile("mirrorfs")
 
 _BACKGROUND = pytest.StashKey[Background]()
 
