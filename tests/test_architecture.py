@@ -24,6 +24,7 @@ ORDER = [
     "lab",
     "controller",
     "joining",
+    "units",
     "support",
     "doctor",
     "failover",

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: How often certificates are looked at.
 _CERTIFICATES_S: Final = 6 * 3600.0
+#: So long systemd may wait until this node knows what it is, so that services that need the mount can write if they may.
+_ROLE_S: Final = 5.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -81,12 +83,18 @@ class Daemon:
         if self._config.peer is not None:
             nursery.start_soon(self._keep_certificates, node)
         await node.begin(nursery)
-        systemd.notify("READY=1")
-        nursery.start_soon(systemd.show_life)
+        nursery.start_soon(self._say_ready, node)
         await self._stop.wait()
         systemd.notify("STOPPING=1")
         await node.finish()
         await node.arbitration.aclose()
+
+    async def _say_ready(self, node: Node) -> None:
+        with trio.move_on_after(_ROLE_S):
+            while not node.knows_its_role:
+                await node.role_changed.wait()
+        systemd.notify("READY=1")
+        await systemd.show_life()
 
     def _fail(self, error: MirrorfsError) -> None:
         """The node's durable state cannot be written: nothing may be promised any more."""
@@ -128,6 +136,8 @@ class Daemon:
                 return describe(node) | {"path": str(self._path), "pid": os.getpid()}
             case "promote" if arguments.get("dry_run"):
                 return await node.preview.describe(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
+            case "promote-new":
+                return {"message": await node.promotion.promote_new()}
             case "promote":
                 return {
                     "message": await node.promotion.promote(

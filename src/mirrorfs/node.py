@@ -161,6 +161,12 @@ class Node:
         """Whether the other node is connected, as far as this one knows."""
         return self.link is not None and self.link.failure is None
 
+    @property
+    def knows_its_role(self) -> bool:
+        """Whether it leads or follows, or a person has to say which."""
+        needs_person = isinstance(self.verdict, epochs.Wait | epochs.SplitBrain)
+        return self.primary is not None or self.standby is not None or needs_person
+
     def tell_once(self, text: str) -> None:
         """One line in the log, however often it happens."""
         if text not in self._told:
@@ -324,6 +330,7 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
+        self.announce()
         self.lost_in_sync = False
         self.pausing.on_connected()
         try:

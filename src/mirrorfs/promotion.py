@@ -150,6 +150,22 @@ class Promotion:
         assert epoch is not None
         return f"{name} is the primary in epoch {epoch.number}" + (" of a new volume" if new else "")
 
+    async def promote_new(self) -> str:
+        """The one promotion that makes a new volume, where nothing can be lost by it: both nodes are here and have no history,
+        and the other one has no files. Nobody has to be asked then. Raises RefusedError, MirrorfsError while that one is away.
+        """
+        node, met = self._node, self._met
+        if node.keeper.record.epoch is not None:
+            raise RefusedError(f"{node.config.volume} is not new, its roles stay as they are (`mirrorfs status`)")
+        if met is None:
+            raise MirrorfsError(f"{node.peer_name} is not connected yet: run `mirrorfs promote` here when it is")
+        if not (met.empty or met.discard_local_data):
+            raise RefusedError(
+                f"{met.node} has files in its directory too: run `mirrorfs promote` on the node whose files are to be kept, "
+                "after the directory of the other one was emptied, or that was started with --discard-local-data"
+            )
+        return await self.promote(yes=False, force=False)
+
     async def _granted(self, *, force: bool, forced: bool) -> "tuple[Grant | None, bool]":
         """What the arbiter says, and whether the promotion is by force then; raises RefusedError if it stands against it."""
         arbitration = self._node.arbitration

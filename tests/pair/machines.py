@@ -89,7 +89,7 @@ class Machine:
     def entering(self) -> list[str]:
         """The words to put before a command, so that it runs on the machine."""
         clean = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "TERM=dumb", "HOME=/root")
-        return ["nsenter", f"--target={self._first()}", "--all", "--wd=/", "--", *clean]
+        return ["nsenter", f"--target={self._first()}", "--all", "--wdns=/", "--", *clean]
 
     def run(self, *command: str | Path, check: bool = True, timeout_s: float = _DEADLINE_S) -> str:
         """Run a command there, and return what it printed, errors too; AssertionError if it fails and `check` is asked for."""
@@ -121,7 +121,19 @@ class Machine:
 
     def write(self, path: str, text: str) -> None:
         """Put a file there."""
-        subprocess.run([*self.entering(), "sh", "-c", f"mkdir -p $(dirname {path}); cat >{path}"], input=text, text=True, check=True)
+        subprocess.run(
+            [*self.entering(), "sh", "-c", f"mkdir -p $(dirname {path}); cat >{path}"], input=text, text=True, check=True
+        )
+
+    def copy(self, file: Path, path: str) -> None:
+        """Put a copy of a file of this machine there."""
+        with file.open("rb") as content:
+            subprocess.run([*self.entering(), "sh", "-c", f"cat >{path}"], stdin=content, check=True)
+
+    @property
+    def data(self) -> Path:
+        """The disk that is mounted at /data, as seen from here; before anything is mounted over it, its files are there."""
+        return self._directory / "disk"
 
     def property(self, unit: str, name: str) -> str:
         """What systemd says of a unit, as `MainPID` or `NRestarts`."""
