@@ -90,6 +90,7 @@ ORDER = [
     "notes",
     "search",
     "table",
+    "logs",
     "space",
     "backing",
     "config",

@@ -93,6 +93,7 @@ class Daemon:
         with trio.move_on_after(_ROLE_S):
             while not node.knows_its_role:
                 await node.role_changed.wait()
+        log.info("ready: %s is mounted", self._path, extra={"event": "node-ready", "state": node.state, "epoch": node.epoch})
         systemd.notify("READY=1")
         await systemd.show_life()
 
@@ -110,12 +111,14 @@ class Daemon:
         while True:
             try:
                 if await trio.to_thread.run_sync(node.trust.renew):
-                    log.info("the certificate of the link is made anew")
+                    log.info("the certificate of the link is made anew", extra={"event": "certificate-renewed"})
             except MirrorfsError as error:
-                log.error("the certificate of the link cannot be made anew: %s", error)
+                log.error(
+                    "the certificate of the link cannot be made anew: %s", error, extra={"event": "certificate-not-renewed"}
+                )
             node.warning = node.trust.warning()
             if node.warning:
-                log.warning("%s", node.warning)
+                log.warning("%s", node.warning, extra={"event": "certificate-ends-soon"})
             await trio.sleep(_CERTIFICATES_S)
 
     async def _stop_on_signal(self) -> None:
@@ -123,7 +126,7 @@ class Daemon:
             signal.signal(number, signal.SIG_IGN)
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async for _ in signals:
-                log.info("asked to stop")
+                log.info("asked to stop", extra={"event": "node-stopping"})
                 await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
                 self._stop.set()
 

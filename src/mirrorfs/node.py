@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class Node:
         """A role has begun or ended."""
         self.reason = reason
         self.since = time.time()
-        log.info("%s: %s", self.state, reason)
+        log.info("%s: %s", self.state, reason, extra={"event": "state-changed", "state": self.state, "epoch": self.epoch})
         self.announce()
 
     def frozen(self, reason: str) -> None:
@@ -148,7 +149,7 @@ class Node:
     def on_refusal(self, reason: str) -> None:
         """The primary does not hand over."""
         self.refusal = reason
-        log.warning("%s: %s", self.peer_name, reason)
+        log.warning("%s: %s", self.peer_name, reason, extra={"event": "request-refused", "peer": self.peer_name})
         self.announce()
 
     def announce(self) -> None:
@@ -167,13 +168,19 @@ class Node:
         needs_person = isinstance(self.verdict, epochs.Wait | epochs.SplitBrain)
         return self.primary is not None or self.standby is not None or needs_person
 
-    def tell_once(self, text: str) -> None:
-        """One line in the log, however often it happens."""
+    @property
+    def epoch(self) -> int:
+        """The number of the newest epoch that this node knows; 0 before the volume is made."""
+        epoch = self.keeper.record.epoch
+        return epoch.number if epoch else 0
+
+    def tell_once(self, text: str, extra: Mapping[str, object] | None = None) -> None:
+        """One line in the log, however often it happens; `extra` as for `logging`."""
         if text not in self._told:
             if len(self._told) > 100:
                 self._told.clear()
             self._told.add(text)
-            log.warning("%s", text)
+            log.warning("%s", text, extra=extra)
 
     @property
     def state(self) -> str:
@@ -255,7 +262,7 @@ class Node:
 
     async def _leave_after_disk_failure(self, text: str) -> None:
         """A sync failed here: this node must not be a source while the other is whole."""
-        log.error("%s", text)
+        log.error("%s", text, extra={"event": "disk-failed"})
         try:
             await self.keeper.stand(Standing.OUTDATED, text)
             with contextlib.suppress(MirrorfsError):
@@ -307,14 +314,16 @@ class Node:
             theirs = self._recognised(content)
             verdict = epochs.meet(mine, theirs)
         except (ProtocolError, LinkLostError) as error:
-            self.tell_once(f"{host}: connection refused: {error}")
+            self.tell_once(f"{host}: connection refused: {error}", {"event": "connection-refused", "host": host})
             return
         if isinstance(verdict, epochs.Refuse):
-            self._refuse(f"{host}: connection refused: {verdict.reason}", verdict.reason)
+            self._refuse(host, verdict.reason)
             await trio.sleep(1)
             return
         if self.link is not None:
-            self.tell_once(f"{host}: connection refused: {theirs.node} is connected already")
+            self.tell_once(
+                f"{host}: connection refused: {theirs.node} is connected already", {"event": "connection-refused", "host": host}
+            )
             return
         pause = pauses.pause_between(verdict, mine, theirs)
         if pause is not None:
@@ -330,6 +339,7 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
+        log.info("%s is connected", theirs.node, extra={"event": "peer-connected", "peer": theirs.node})
         self.announce()
         self.lost_in_sync = False
         self.pausing.on_connected()
@@ -344,8 +354,8 @@ class Node:
             with trio.CancelScope(shield=True):
                 await self._link_ended(str(link.failure))
 
-    def _refuse(self, text: str, reason: str) -> None:
-        self.tell_once(text)
+    def _refuse(self, host: str, reason: str) -> None:
+        self.tell_once(f"{host}: connection refused: {reason}", {"event": "connection-refused", "host": host})
         if self.primary is None and self.link is None:
             self.reason = reason
 
@@ -370,9 +380,15 @@ class Node:
             f"{key} is {mine.get(key, 'missing')} here and {theirs.get(key, 'missing')} on {who}" for key in map(str, keys[:10])
         ]
         for difference in self.differences:
-            self.tell_once(f"the configuration differs: {difference}")
+            self.tell_once(f"the configuration differs: {difference}", {"event": "configuration-differs", "peer": who})
 
     async def _link_ended(self, reason: str) -> None:
+        log.info(
+            "%s is not connected any more: %s",
+            self.peer_name,
+            reason,
+            extra={"event": "peer-lost", "peer": self.peer_name, "reason": reason},
+        )
         self.link, self.peer_space, self.peer_progress, self.verdict = None, None, None, None
         self.split.link_ended()
         self.peer_joined = False

@@ -157,3 +157,101 @@ def test_a_service_that_is_bound_to_the_mount_stops_and_starts_with_it(pair: Pai
 def _mounts(machine: Machine) -> list[str]:
     """Where a mirrorfs is mounted."""
     return machine.run("findmnt", "--noheadings", "--output=TARGET", "--types=fuse.mirrorfs", check=False).split()
+
+
+def test_a_node_that_was_killed_is_started_again_and_catches_up(pair: Pair) -> None:
+    for machine in (pair.two, pair.one):
+        restarts = int(machine.property(MOUNT, "NRestarts"))
+        machine.run("kill", "-KILL", machine.property(MOUNT, "MainPID"))
+        machine.wait_for(lambda m=machine, n=restarts: int(m.property(MOUNT, "NRestarts")) > n, "it is started again")
+        machine.wait_for(lambda m=machine: m.is_active(MOUNT), "it is ready")
+        pair.wait_mirrored()
+        assert "status=9/KILL" in machine.log(MOUNT)
+    pair.one.run("sh", "-c", "echo after >/data/after")
+    assert pair.two.run("cat", "/data/after") == "after"
+
+
+def test_the_watchdog_ends_a_node_that_stands_still_and_it_comes_back(pair: Pair) -> None:
+    pair.two.write(f"/etc/systemd/system/{MOUNT}.service.d/test.conf", "[Service]\nWatchdogSec=3\nTimeoutAbortSec=1\n")
+    pair.two.run("systemctl", "daemon-reload")
+    pair.two.run("systemctl", "restart", MOUNT)
+    try:
+        pair.wait_mirrored()
+        pid = pair.two.property(MOUNT, "MainPID")
+        pair.two.run("kill", "-STOP", pid)
+        pair.two.wait_for(lambda: pair.two.property(MOUNT, "MainPID") not in ("0", pid), "another process is there")
+        pair.two.wait_for(lambda: pair.two.is_active(MOUNT), "it is ready")
+        assert "Watchdog timeout" in pair.two.log(MOUNT)
+    finally:
+        pair.two.run("rm", "-r", f"/etc/systemd/system/{MOUNT}.service.d")
+        pair.two.run("systemctl", "daemon-reload")
+        pair.two.run("systemctl", "restart", MOUNT)
+    pair.wait_mirrored()
+
+
+def test_a_node_whose_loop_stands_still_says_where_before_it_ends(pair: Pair) -> None:
+    """What the watchdog sends first."""
+    pid = pair.two.property(MOUNT, "MainPID")
+    pair.two.run("kill", "-ABRT", pid)
+    pair.two.wait_for(lambda: pair.two.property(MOUNT, "MainPID") not in ("0", pid), "another process is there")
+    pair.wait_mirrored()
+    assert "Fatal Python error: Aborted" in pair.two.log(MOUNT, f"_PID={pid}")
+
+
+def test_a_stop_unmounts_and_a_start_mounts(pair: Pair) -> None:
+    pair.two.run("systemctl", "stop", MOUNT)
+    assert pair.two.property(MOUNT, "Result") == "success"
+    assert _mounts(pair.two) == []
+    assert pair.two.result("touch", "/data/underneath").returncode != 0
+    pair.two.run("systemctl", "start", MOUNT)
+    assert _mounts(pair.two) == ["/data"]
+    pair.wait_mirrored()
+
+
+def test_after_a_power_cut_a_machine_comes_back_by_itself(pair: Pair) -> None:
+    pair.two.cut_power()
+    pair.one.run("sh", "-c", "echo meanwhile >/data/meanwhile")
+    pair.two.boot()
+    pair.wait_mirrored()
+    assert pair.two.run("cat", "/data/meanwhile") == "meanwhile"
+
+
+def test_the_controller_looks_after_a_service_of_systemd(pair: Pair) -> None:
+    for machine in (pair.one, pair.two):
+        machine.write("/etc/systemd/system/app.service", _APP)
+        machine.run("sh", "-c", f"cat >>/etc/mirrorfs/db.toml <<'end'\n{_FAILOVER}\nend")
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "restart", MOUNT)
+    pair.wait_mirrored()
+    try:
+        for machine in (pair.one, pair.two):
+            machine.run("systemctl", "enable", "--now", CONTROLLER)
+            assert machine.is_active(CONTROLLER)
+        pair.one.wait_for(lambda: _serves(pair.one), "the application is on one")
+        assert not pair.two.is_active("app")
+
+        first = pair.one.property(CONTROLLER, "MainPID")
+        pair.one.run("kill", "-KILL", first)
+        pair.one.wait_for(lambda: pair.one.property(CONTROLLER, "MainPID") not in ("0", first), "a new controller is there")
+        assert pair.one.is_active("app")  # it goes on meanwhile
+        pair.one.wait_for(lambda: _serves(pair.one), "the new controller has adopted it")
+
+        pair.two.run("mirrorfs", "switchover")
+        assert _serves(pair.two)
+        assert not pair.one.is_active("app")
+        pair.wait_mirrored(primary=pair.two)
+
+        pair.two.cut_power()
+        pair.one.wait_for(lambda: _serves(pair.one), "the application is on one again")
+        pair.two.boot()
+        pair.wait_mirrored()
+        assert pair.two.is_active(CONTROLLER)
+        assert pair.one.run("cat", "/data/starts").split()[-3:] == ["one", "two", "one"]
+    finally:
+        for machine in (pair.one, pair.two):
+            machine.run("systemctl", "disable", "--now", CONTROLLER)
+
+
+def _serves(machine: Machine) -> bool:
+    """Whether the application runs there, and its address is there."""
+    return machine.is_active("app") and "10.77.0.100" in machine.run("ip", "-4", "address")
