@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,16 @@ def test_a_node_that_was_killed_is_started_again_and_catches_up(pair: Pair) -> N
     for machine in (pair.two, pair.one):
         restarts = int(machine.property(MOUNT, "NRestarts"))
         machine.run("kill", "-KILL", machine.property(MOUNT, "MainPID"))
-        machine.wait_for(lambda m=machine, n=restarts: int(m.property(MOUNT, "NRestarts")) > n, "it is started again")
-        machine.wait_for(lambda m=machine: m.is_active(MOUNT), "it is ready")
+        machine.wait_for(partial(_was_restarted, machine, restarts), "it is started again")
+        machine.wait_for(partial(machine.is_active, MOUNT), "it is ready")
         pair.wait_mirrored()
         assert "status=9/KILL" in machine.log(MOUNT)
     pair.one.run("sh", "-c", "echo after >/data/after")
     assert pair.two.run("cat", "/data/after") == "after"
+
+
+def _was_restarted(machine: Machine, before: int) -> bool:
+    return int(machine.property(MOUNT, "NRestarts")) > before
 
 
 def test_the_watchdog_ends_a_node_that_stands_still_and_it_comes_back(pair: Pair) -> None:
@@ -216,6 +221,42 @@ def test_after_a_power_cut_a_machine_comes_back_by_itself(pair: Pair) -> None:
     assert pair.two.run("cat", "/data/meanwhile") == "meanwhile"
 
 
+def test_the_journal_has_the_events_with_their_fields(pair: Pair) -> None:
+    found = pair.one.run("journalctl", "--output=json", "MIRRORFS_VOLUME=db", "MIRRORFS_EVENT=promoted")
+    (promoted,) = (json.loads(line) for line in found.splitlines())
+    expected = {
+        "MESSAGE": "one was promoted",
+        "PRIORITY": "6",
+        "SYSLOG_IDENTIFIER": "mirrorfs",
+        "LOGGER": "mirrorfs.promotion",
+        "MIRRORFS_NODE": "one",
+        "MIRRORFS_EPOCH": "1",
+        "MIRRORFS_NEW": "True",
+        "_SYSTEMD_UNIT": f"{MOUNT}.service",
+    }
+    assert {key: promoted[key] for key in expected} == expected
+    pair.two.run("systemctl", "restart", MOUNT)
+    pair.wait_mirrored()
+    warnings = pair.one.run("journalctl", "--unit", MOUNT, "--priority=warning", "--output=cat")
+    assert "going on alone in epoch" in warnings
+    assert "two has joined" not in warnings
+
+
+def test_what_ends_a_node_is_an_error_in_the_journal(pair: Pair) -> None:
+    pair.two.run("systemctl", "stop", MOUNT)
+    pair.two.run("mv", "/etc/mirrorfs/db.toml", "/root/db.toml")
+    pair.two.write("/etc/mirrorfs/db.toml", "volume = 1\n")
+    try:
+        assert pair.two.result("systemctl", "start", MOUNT).returncode != 0
+        assert "/etc/mirrorfs/db.toml: " in pair.two.run(
+            "journalctl", "--unit", MOUNT, "--priority=err", "--identifier=mirrorfs"
+        )
+    finally:
+        pair.two.run("mv", "/root/db.toml", "/etc/mirrorfs/db.toml")
+        pair.two.run("systemctl", "restart", MOUNT)
+    pair.wait_mirrored()
+
+
 def test_the_controller_looks_after_a_service_of_systemd(pair: Pair) -> None:
     for machine in (pair.one, pair.two):
         machine.write("/etc/systemd/system/app.service", _APP)
@@ -255,3 +296,55 @@ def test_the_controller_looks_after_a_service_of_systemd(pair: Pair) -> None:
 def _serves(machine: Machine) -> bool:
     """Whether the application runs there, and its address is there."""
     return machine.is_active("app") and "10.77.0.100" in machine.run("ip", "-4", "address")
+
+
+# ---- machines with nothing but the package
+
+
+def test_init_can_be_told_to_make_the_first_promotion(fresh: Pair) -> None:
+    (fresh.one.data / "kept").write_text("kept")
+    fresh.acquaint("--promote")
+    assert "one is the primary in epoch 1 of a new volume" in fresh.said["one"]
+    fresh.wait_mirrored()
+    assert fresh.two.run("cat", "/data/kept") == "kept"
+    again = fresh.one.popen("mirrorfs", "init", "db", "--promote", "--minutes", "0.1")
+    said, _ = again.communicate(timeout=60)
+    assert "no node has joined within 0.1 minutes" in said
+
+
+def test_the_first_promotion_is_left_to_a_person_where_both_have_files(fresh: Pair) -> None:
+    for machine in (fresh.one, fresh.two):
+        (machine.data / "file").write_text(machine.name)
+    with pytest.raises(AssertionError, match="two has files in its directory too"):
+        fresh.acquaint("--promote")
+    for machine in (fresh.one, fresh.two):
+        assert _status(machine)["epoch"] == 0
+        assert machine.run("cat", "/data/file") == machine.name
+
+
+def test_a_node_that_is_not_to_be_started_is_not(fresh: Pair) -> None:
+    fresh.acquaint("--no-start", join=("--no-start",))
+    for machine in (fresh.one, fresh.two):
+        assert "next, here: systemctl enable --now mirrorfs@db\n" in fresh.said[machine.name] + "\n"
+        assert machine.run("systemctl", "is-enabled", MOUNT, check=False) == "disabled"
+        assert not machine.is_active(MOUNT)
+    # What it would have done by itself, on a node that cannot start, says so in one line.
+    fresh.two.write("/var/lib/mirrorfs/db/two/record", "nonsense")
+    fresh.one.run("systemctl", "enable", "--now", MOUNT)
+    again = fresh.one.popen("mirrorfs", "init", "db")
+    assert again.stdout is not None
+    code = next(found[1] for line in again.stdout if (found := re.search(r"mirrorfs join (\S+)", line)))
+    done = fresh.two.result("mirrorfs", "join", code)
+    assert done.returncode == 1
+    *_, said = done.stdout.splitlines()
+    assert said.startswith("mirrorfs: mirrorfs@db.service: does not start: /var/lib/mirrorfs/db/two/record: damaged")
+    rest, _ = again.communicate(timeout=60)
+    assert "the node runs already" in rest
+
+
+def test_a_mount_point_that_is_not_there_is_made(fresh: Pair) -> None:
+    fresh.acquaint("--mount", "/srv/volume", "--promote")
+    fresh.wait_mirrored()
+    for machine in (fresh.one, fresh.two):
+        assert "/srv/volume was not there, and is made" in fresh.said[machine.name]
+        assert _mounts(machine) == ["/srv/volume"]
