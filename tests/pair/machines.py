@@ -4,6 +4,7 @@ What a machine is made of stands in machine.sh. It ends with the process that ha
 first of its PID namespace, so all that runs there goes with it, and its mounts with the last process.
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -183,7 +184,7 @@ class Machine:
 @contextmanager
 def two_machines(directory: Path) -> Iterator[tuple[Machine, Machine]]:
     """Two of them with a cable between, both up; nothing is left of them."""
-    network = Network(f"mfs-boot-{os.getpid()}")
+    network = Network(f"mfs-boot-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:6]}")
     with ExitStack() as stack:
         stack.callback(network.remove)
         network.create()
