@@ -285,6 +285,9 @@ def test_the_controller_looks_after_a_service_of_systemd(pair: Pair) -> None:
 
         pair.two.cut_power()
         pair.one.wait_for(lambda: _serves(pair.one), "the application is on one again")
+        for event in ("failover-begun", "failover-ended"):
+            found = pair.one.run("journalctl", "--quiet", "--output=cat", "--unit", CONTROLLER, f"MIRRORFS_EVENT={event}")
+            assert len(found.splitlines()) == 1, found
         pair.two.boot()
         pair.wait_mirrored()
         assert pair.two.is_active(CONTROLLER)
