@@ -113,10 +113,10 @@ class Application:
         """Of the interfaces for its addresses."""
         return self._addresses.macs()
 
-    def complain(self, text: str) -> None:
-        """A line for a person, in the log once."""
+    def complain(self, text: str, extra: Mapping[str, object] | None = None) -> None:
+        """A line for a person, in the log once; `extra` as for `logging`."""
         if text != self.trouble:
-            log.warning("%s", text)
+            log.warning("%s", text, extra=extra)
         self.trouble = text
 
     async def clean_up(self, *, leads: bool) -> None:
@@ -172,9 +172,10 @@ class Application:
                 await self._services.start_all()
                 self._memory.note_start(trio.current_time() - began)
         except MirrorfsError as error:
-            self.complain(str(error))
+            self.complain(str(error), {"event": "services-failed", "reason": str(error)})
             self.state = Services.FAILED
         else:
+            log.info("the services are up", extra={"event": "services-up"})
             self.state = Services.UP
         self._changed()
         return self.state is Services.UP
@@ -189,6 +190,7 @@ class Application:
                         taken = ", ".join(f"{conflict.address} by {conflict.mac}" for conflict in foreign)
                         raise MirrorfsError(f"in use by another machine: {taken}: remove it there; the address is not raised")
                     await self._addresses.raise_all()
+                    log.info("the addresses are here", extra={"event": "addresses-up"})
                     self.trouble = ""
                     self._changed()
                 except MirrorfsError as error:
@@ -201,12 +203,16 @@ class Application:
             while True:
                 budget = self._budgets[name]
                 if budget.left(trio.current_time()) <= 0:
-                    self.complain(f"{name}: restarted {budget.limit} times and unwell again: {why}")
+                    text = f"{name}: restarted {budget.limit} times and unwell again: {why}"
+                    self.complain(text, {"event": "service-unwell", "service": name, "reason": why})
                     self.unwell = True
                     self._changed()
                     await trio.sleep(_UNWELL_RETRY_S)  # if nobody else could take it meanwhile, it is tried on
                 else:
-                    self.complain(f"{name}: {why}: it is restarted")
+                    # Each time is told, also where the reason is the same.
+                    self.trouble = f"{name}: {why}: it is restarted"
+                    extra = {"event": "service-restarted", "service": name, "reason": why}
+                    log.warning("%s", self.trouble, extra=extra)
                     self._budgets[name] = budget.spend(trio.current_time())
                 try:
                     await self._services.restart(name)
@@ -236,6 +242,7 @@ class Application:
             for complaint in await self._services.stop_all():
                 self.complain(complaint)
             self._memory.note_stop(trio.current_time() - began)
+            log.info("the services are down", extra={"event": "services-down"})
             self.state, self.unwell = Services.DOWN, False
             self._budgets = self._fresh_budgets()
         self._changed()

@@ -195,7 +195,7 @@ class Arbitration:
         node = self._node
         async with node.promotion.lock:
             if node.primary is primary:
-                log.error("%s", reason)
+                log.error("%s", reason, extra={"event": "deposed", "epoch": node.epoch})
                 await node.stop_leading(reason)
         if node.link is not None:
             node.link.close(reason)
@@ -273,13 +273,13 @@ class Arbitration:
     def _note_failure(self, text: str) -> None:
         if not self._failure:
             self._since = time.time()
-            log.warning("%s", text)
+            log.warning("%s", text, extra={"event": "arbiter-lost"})
         self._failure = text
 
     def _note_success(self) -> None:
         if self._failure:
             self._since = time.time()
-            log.info("the arbiter answers again")
+            log.info("the arbiter answers again", extra={"event": "arbiter-answers"})
         self._failure = ""
 
     def describe(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirrorfs import __version__, control, preview_show, toml_table
+from mirrorfs import __version__, control, logs, preview_show, toml_table
 from mirrorfs import config as configuration
 from mirrorfs.cli_base import (
     All,
@@ -19,6 +19,7 @@ from mirrorfs.cli_base import (
     ConfigFile,
     Force,
     Json,
+    LogFormat,
     MountPoint,
     NodeName,
     Sure,
@@ -100,7 +101,7 @@ def main() -> None:
 
 def _exit_with(errors: list[MirrorfsError]) -> None:
     for error in errors:
-        print(f"mirrorfs: {error}", file=sys.stderr)
+        print(logs.error_line(f"mirrorfs: {error}"), file=sys.stderr)
     sys.exit(errors[0].exit_status)
 
 
@@ -142,6 +143,7 @@ def mount(
     discard_local_data: Annotated[
         bool, typer.Option("--discard-local-data", help="Let the peer's files replace what is here now.")
     ] = False,
+    log_format: LogFormat = None,
     config: ConfigFile = None,
     node: NodeName = None,
 ) -> None:
@@ -152,7 +154,7 @@ def mount(
         raise UsageError(f'where? Give PATH, or write mount = "/data" into {loaded.file}')
     if backing is not None:
         loaded = configuration.with_backing(loaded, backing)
-    configure_logging()
+    configure_logging(loaded, log_format)
 
     from mirrorfs.daemon import run
 

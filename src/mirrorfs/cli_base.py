@@ -1,7 +1,5 @@
 """What all command lines share: the options, the configuration, asking a person, the log."""
 
-import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mirrorfs import config as configuration
+from mirrorfs import logs
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfirmationNeededError
 
@@ -27,6 +26,14 @@ Force = Annotated[bool, typer.Option("--force", help="Even if acknowledged write
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 Sure = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 All = Annotated[bool, typer.Option("--all", help="All that are kept, in place of one ID.")]
+LogFormat = Annotated[
+    logs.Format | None,
+    typer.Option(
+        "--log-format",
+        envvar="MIRRORFS_LOG_FORMAT",
+        help="Of the log on stderr. Default: systemd's journal under systemd, else text.",
+    ),
+]
 MountPoint = Annotated[Path, typer.Argument(metavar="PATH")]
 
 
@@ -56,10 +63,6 @@ def confirmed(action: Callable[[bool], None], yes: bool, question: str) -> None:
         action(True)
 
 
-def configure_logging() -> None:
-    handler = logging.StreamHandler()
-    with_time = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has the time already
-    handler.setFormatter(logging.Formatter(f"{with_time}%(levelname)s %(message)s"))
-    logger = logging.getLogger("mirrorfs")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def configure_logging(loaded: Config, wanted: logs.Format | None) -> None:
+    """Let the log of a node's process go where it is read."""
+    logs.configure(wanted, loaded.volume, loaded.node.name)

@@ -84,7 +84,7 @@ async def _run(config: Config, key: bytes) -> None:
         await nursery.start(heart.run)
         await nursery.start(control.serve, config.node.controller, controller.on_command)
         await nursery.start(controller.run)
-        log.info("the controller of %s runs", config.node.name)
+        log.info("the controller of %s runs", config.node.name, extra={"event": "controller-ready"})
         systemd.notify("READY=1")
         nursery.start_soon(systemd.show_life)
         if config.console.enabled:
@@ -94,6 +94,6 @@ async def _run(config: Config, key: bytes) -> None:
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async for _ in signals:
                 break
-        log.info("asked to stop")
+        log.info("asked to stop", extra={"event": "controller-stopping"})
         await controller.stop()
         nursery.cancel_scope.cancel()

@@ -130,7 +130,7 @@ class Conversation:
     async def _split(self, reason: str, stops: str) -> None:
         node = self._node
         node.split_brain = f"split brain: {reason}; neither side's data is touched (`mirrorfs split-brain show`)"
-        node.tell_once(node.split_brain)
+        node.tell_once(node.split_brain, {"event": "split-brain", "peer": self._theirs.node})
         if node.primary is not None and stops == node.name and self._theirs.serving:
             await node.stop_leading(node.split_brain)
 
@@ -178,6 +178,7 @@ class Conversation:
                 pass  # paused, or lost, in the meantime
             case Kind.JOINED:
                 node.peer_joined = True
+                log.info("%s has joined", self._theirs.node, extra={"event": "peer-joined", "peer": self._theirs.node})
                 node.enter(f"{self._theirs.node} is in sync")
             case Kind.LIST_OPEN:
                 self._link.send_message(Kind.OPEN_FILES, preview.open_files(node))
@@ -195,7 +196,8 @@ class Conversation:
             case Kind.PAUSED:
                 node.pausing.on_confirmed()
             case Kind.FAILED:
-                log.error("%s is out of sync: %s", self._theirs.node, wire.message(frame))
+                extra = {"event": "out-of-sync", "node_out_of_sync": self._theirs.node}
+                log.error("%s is out of sync: %s", self._theirs.node, wire.message(frame), extra=extra)
             case Kind.REFUSED:
                 node.on_refusal(str(wire.message(frame)))
             case _:
@@ -214,7 +216,11 @@ class Conversation:
         mine, theirs = node.hello(), self._theirs
         self._quick = is_quick(mine.dirty, theirs.dirty) and not theirs.discard_local_data
         if self._quick and (forgot := epochs.who_forgot(mine, theirs)):
-            log.warning("%s was set back, to a snapshot or a backup: what it did since is not in its journal", forgot)
+            log.warning(
+                "%s was set back, to a snapshot or a backup: what it did since is not in its journal",
+                forgot,
+                extra={"event": "node-set-back", "node_set_back": forgot},
+            )
             self._quick = False
             await node.activity.distrust()  # should this link end now, the next meeting may not see it any more
         self._link.send_message(Kind.FOLLOW, {"record": packing.pack_record(node.keeper.record), "quick": self._quick})
@@ -233,16 +239,27 @@ class Conversation:
         if primary is None:
             return
         started = time.monotonic()
-        log.info("bringing %s in sync, %s", theirs.node, "by what may differ" if self._quick else "by a full copy")
+        log.info(
+            "bringing %s in sync, %s",
+            theirs.node,
+            "by what may differ" if self._quick else "by a full copy",
+            extra={"event": "resync-begun", "peer": theirs.node, "quick": self._quick},
+        )
         report, self._hot = reports.unpack(self._hot) if self._quick else None, []
         room_bytes = node.peer_space.free if node.peer_space is not None else 0
         copier = await primary.begin_copy(self._link, theirs.dirty, report, room_bytes)
+        joined = False
         try:
             await copier.run()
+            joined = await primary.join(Member(theirs.node, theirs.boot))
         except CannotCatchUpError:
             await node.activity.distrust()
             raise
-        if not await primary.join(Member(theirs.node, theirs.boot)):
+        finally:
+            if not joined:
+                extra = {"event": "resync-broken-off", "peer": theirs.node}
+                log.warning("the resync of %s was broken off", theirs.node, extra=extra)
+        if not joined:
             return
         self._link.send_message(Kind.JOIN, packing.pack_record(node.keeper.record))
         took_s = time.monotonic() - started
@@ -253,6 +270,7 @@ class Conversation:
             copier.bytes_sent,
             copier.bytes_compared,
             took_s,
+            extra={"event": "resync-ended", "peer": theirs.node, "files": copier.files_done, "bytes": copier.bytes_sent},
         )
 
     # ---- the target's side

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: How often certificates are looked at.
 _CERTIFICATES_S: Final = 6 * 3600.0
+#: So long systemd may wait until this node knows what it is, so that services that need the mount can write if they may.
+_ROLE_S: Final = 5.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -81,12 +83,19 @@ class Daemon:
         if self._config.peer is not None:
             nursery.start_soon(self._keep_certificates, node)
         await node.begin(nursery)
-        systemd.notify("READY=1")
-        nursery.start_soon(systemd.show_life)
+        nursery.start_soon(self._say_ready, node)
         await self._stop.wait()
         systemd.notify("STOPPING=1")
         await node.finish()
         await node.arbitration.aclose()
+
+    async def _say_ready(self, node: Node) -> None:
+        with trio.move_on_after(_ROLE_S):
+            while not node.knows_its_role:
+                await node.role_changed.wait()
+        log.info("ready: %s is mounted", self._path, extra={"event": "node-ready", "state": node.state, "epoch": node.epoch})
+        systemd.notify("READY=1")
+        await systemd.show_life()
 
     def _fail(self, error: MirrorfsError) -> None:
         """The node's durable state cannot be written: nothing may be promised any more."""
@@ -102,12 +111,14 @@ class Daemon:
         while True:
             try:
                 if await trio.to_thread.run_sync(node.trust.renew):
-                    log.info("the certificate of the link is made anew")
+                    log.info("the certificate of the link is made anew", extra={"event": "certificate-renewed"})
             except MirrorfsError as error:
-                log.error("the certificate of the link cannot be made anew: %s", error)
+                log.error(
+                    "the certificate of the link cannot be made anew: %s", error, extra={"event": "certificate-not-renewed"}
+                )
             node.warning = node.trust.warning()
             if node.warning:
-                log.warning("%s", node.warning)
+                log.warning("%s", node.warning, extra={"event": "certificate-ends-soon"})
             await trio.sleep(_CERTIFICATES_S)
 
     async def _stop_on_signal(self) -> None:
@@ -115,7 +126,7 @@ class Daemon:
             signal.signal(number, signal.SIG_IGN)
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async for _ in signals:
-                log.info("asked to stop")
+                log.info("asked to stop", extra={"event": "node-stopping"})
                 await trio.to_thread.run_sync(backing.detach, self._path, self._mount)
                 self._stop.set()
 
@@ -130,6 +141,8 @@ class Daemon:
                 return node.measures.describe()
             case "promote" if arguments.get("dry_run"):
                 return await node.preview.describe(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
+            case "promote-new":
+                return {"message": await node.promotion.promote_new()}
             case "promote":
                 return {
                     "message": await node.promotion.promote(

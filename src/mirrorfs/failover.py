@@ -100,6 +100,7 @@ class Controller:
         now = trio.current_time()
         self._now = self._entered = self._linked_at = now
         self._since = time.time()
+        self._failing_over_since = 0.0
         self._frozen_at = self._standby_at = self._answered_at = 0.0
         self._take = self._give = self._released = self._refused = False
         self._refusal = ""
@@ -137,14 +138,19 @@ class Controller:
             view = self.view()
             rule = next_rule(self.posture, view)
             if rule is None:
+                if self.posture is Posture.IDLE and view.mount is Mount.FOLLOWS and view.hears:
+                    self._end_failover(done=False)  # the other node is there again
                 return
             self._take_rule(rule)
         log.error("the controller does not come to rest in %s", self.posture)
 
     def _take_rule(self, rule: Rule) -> None:
         # What is tried again every second is told once.
-        log.log(logging.DEBUG if rule in self._told else logging.INFO, "%s -> %s: %s", rule.posture, rule.then, rule.name)
+        level = logging.DEBUG if rule in self._told else logging.INFO
+        extra = {"event": "posture-changed", "posture": str(rule.then), "before": str(rule.posture), "reason": rule.name}
+        log.log(level, "%s -> %s: %s", rule.posture, rule.then, rule.name, extra=extra)
         self._told.append(rule)
+        self._note_failover(rule)
         keeps = self._refused and rule.then is Posture.IDLE
         if rule.posture is Posture.GIVING and self._refused:
             self._refusal = self.application.trouble
@@ -156,6 +162,25 @@ class Controller:
             self._do(do)
         self.heart.poke()
         self.wake()
+
+    def _note_failover(self, rule: Rule) -> None:
+        """One begins when the role is first asked for, and not each time that it is asked for again."""
+        if rule.then is Posture.TAKING and not self._failing_over_since:
+            self._failing_over_since = trio.current_time()
+            log.warning("failing over: %s", rule.name, extra={"event": "failover-begun", "reason": rule.name})
+        elif rule.then in (Posture.SERVING, Posture.HELD, Posture.YIELDING):
+            self._end_failover(done=rule.then is Posture.SERVING)
+
+    def _end_failover(self, *, done: bool) -> None:
+        began, self._failing_over_since = self._failing_over_since, 0.0
+        if not began:
+            return
+        took_s = round(trio.current_time() - began, 1)
+        if done:
+            log.warning("failed over in %.1f s", took_s, extra={"event": "failover-ended", "seconds": took_s})
+        else:
+            trouble = self.application.trouble or self.reason
+            log.warning("not failed over: %s", trouble, extra={"event": "failover-given-up", "reason": trouble})
 
     def _see_mount(self) -> Mount:
         match self._mount.condition:
@@ -246,7 +271,7 @@ class Controller:
     def _fence(self) -> None:
         """A mount that hangs keeps the services in calls that no signal ends; it follows again when it is started anew."""
         if self._see_mount() is Mount.HUNG and self._victim is not None:
-            log.error("the mount hangs: process %d is killed", self._victim[0])
+            log.error("the mount hangs: process %d is killed", self._victim[0], extra={"event": "mount-killed"})
             kill(*self._victim)
 
     # ---- the other controller

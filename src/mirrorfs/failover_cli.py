@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from mirrorfs import control
-from mirrorfs.cli_base import ConfigFile, NodeName, configure_logging, load
+from mirrorfs.cli_base import ConfigFile, LogFormat, NodeName, configure_logging, load
 from mirrorfs.config import Config
 from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.progress_show import progress
@@ -71,10 +71,12 @@ def maintenance(
     say(load(context, config, node), "maintenance", on=state == "on")
 
 
-def controller(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
+def controller(
+    context: typer.Context, *, log_format: LogFormat = None, config: ConfigFile = None, node: NodeName = None
+) -> None:
     """Look after the pair, in the foreground: watch, fail over, move addresses and services."""
     loaded = load(context, config, node)
-    configure_logging()
+    configure_logging(loaded, log_format)
 
     from mirrorfs.controller import run
 

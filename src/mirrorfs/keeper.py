@@ -1,6 +1,7 @@
 """The node's record in memory and on disk, kept the same: nothing counts before it is durable."""
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ from mirrorfs.journal import Journal
 if TYPE_CHECKING:
     from mirrorfs.arbitration import Grant
 
+log = logging.getLogger(__name__)
+
 _RESERVE_AHEAD: Final = ids.BLOCK // 4
 #: Tags that were asked for without an answer. An old one is remembered until an epoch is granted.
 _CLAIMS: Final = 16
@@ -34,6 +37,23 @@ def _later(mine: Seen | None, theirs: Seen | None) -> Seen | None:
     if mine is None or theirs is None or mine.cluster != theirs.cluster:
         return theirs or mine
     return max(mine, theirs, key=lambda seen: (seen.key_revision, seen.revision))
+
+
+def _tell_epoch(epoch: Epoch) -> None:
+    in_sync = ", ".join(sorted(member.node for member in epoch.in_sync))
+    log.info(
+        "epoch %d: %s is the primary, in sync: %s",
+        epoch.number,
+        epoch.primary,
+        in_sync,
+        extra={
+            "event": "epoch-begun",
+            "epoch": epoch.number,
+            "primary": epoch.primary,
+            "in_sync": in_sync,
+            "forced": epoch.forced,
+        },
+    )
 
 
 class Keeper:
@@ -111,6 +131,7 @@ class Keeper:
         await self._save(change)
         epoch = self.record.epoch
         assert epoch is not None
+        _tell_epoch(epoch)
         return epoch
 
     async def begin_alone(self) -> Epoch:
@@ -137,6 +158,7 @@ class Keeper:
 
     async def adopt(self, theirs: Record, standing: Standing, reason: str) -> None:
         """Take over the other node's history, durably, with this node's own standing in it. Who follows pauses nothing."""
+        before = self.record.epoch
         await self._save(
             lambda record: replace(
                 record,
@@ -150,6 +172,8 @@ class Keeper:
                 arbiter=_later(record.arbiter, theirs.arbiter),
             )
         )
+        if theirs.epoch is not None and (before is None or not theirs.epoch.same(before)):
+            _tell_epoch(theirs.epoch)
 
     async def note_claim(self, tag: str) -> None:
         """This node is about to ask the arbiter for the epoch with this tag."""

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class Node:
         """A role has begun or ended."""
         self.reason = reason
         self.since = time.time()
-        log.info("%s: %s", self.state, reason)
+        log.info("%s: %s", self.state, reason, extra={"event": "state-changed", "state": self.state, "epoch": self.epoch})
         self.announce()
 
     def frozen(self, reason: str) -> None:
@@ -152,7 +153,7 @@ class Node:
     def on_refusal(self, reason: str) -> None:
         """The primary does not hand over."""
         self.refusal = reason
-        log.warning("%s: %s", self.peer_name, reason)
+        log.warning("%s: %s", self.peer_name, reason, extra={"event": "request-refused", "peer": self.peer_name})
         self.announce()
 
     def announce(self) -> None:
@@ -165,13 +166,25 @@ class Node:
         """Whether the other node is connected, as far as this one knows."""
         return self.link is not None and self.link.failure is None
 
-    def tell_once(self, text: str) -> None:
-        """One line in the log, however often it happens."""
+    @property
+    def knows_its_role(self) -> bool:
+        """Whether it leads or follows, or a person has to say which."""
+        needs_person = isinstance(self.verdict, epochs.Wait | epochs.SplitBrain)
+        return self.primary is not None or self.standby is not None or needs_person
+
+    @property
+    def epoch(self) -> int:
+        """The number of the newest epoch that this node knows; 0 before the volume is made."""
+        epoch = self.keeper.record.epoch
+        return epoch.number if epoch else 0
+
+    def tell_once(self, text: str, extra: Mapping[str, object] | None = None) -> None:
+        """One line in the log, however often it happens; `extra` as for `logging`."""
         if text not in self._told:
             if len(self._told) > 100:
                 self._told.clear()
             self._told.add(text)
-            log.warning("%s", text)
+            log.warning("%s", text, extra=extra)
 
     @property
     def state(self) -> str:
@@ -254,7 +267,7 @@ class Node:
 
     async def _leave_after_disk_failure(self, text: str) -> None:
         """A sync failed here: this node must not be a source while the other is whole."""
-        log.error("%s", text)
+        log.error("%s", text, extra={"event": "disk-failed"})
         try:
             await self.keeper.stand(Standing.OUTDATED, text)
             with contextlib.suppress(MirrorfsError):
@@ -306,14 +319,16 @@ class Node:
             theirs = self._recognised(content)
             verdict = epochs.meet(mine, theirs)
         except (ProtocolError, LinkLostError) as error:
-            self.tell_once(f"{host}: connection refused: {error}")
+            self.tell_once(f"{host}: connection refused: {error}", {"event": "connection-refused", "host": host})
             return
         if isinstance(verdict, epochs.Refuse):
-            self._refuse(f"{host}: connection refused: {verdict.reason}", verdict.reason)
+            self._refuse(host, verdict.reason)
             await trio.sleep(1)
             return
         if self.link is not None:
-            self.tell_once(f"{host}: connection refused: {theirs.node} is connected already")
+            self.tell_once(
+                f"{host}: connection refused: {theirs.node} is connected already", {"event": "connection-refused", "host": host}
+            )
             return
         pause = pauses.pause_between(verdict, mine, theirs)
         if pause is not None:
@@ -329,7 +344,9 @@ class Node:
             stall_timeout_s=self.config.replication.stall_timeout_s,
         )
         self.link, self.peer, self.verdict = link, theirs, verdict
-        self.peer_version = _version_in(content)
+        self.peer_version = packing.version_in(content)
+        log.info("%s is connected", theirs.node, extra={"event": "peer-connected", "peer": theirs.node})
+        self.announce()
         self.lost_in_sync = False
         self.pausing.on_connected()
         try:
@@ -343,8 +360,8 @@ class Node:
             with trio.CancelScope(shield=True):
                 await self._link_ended(str(link.failure))
 
-    def _refuse(self, text: str, reason: str) -> None:
-        self.tell_once(text)
+    def _refuse(self, host: str, reason: str) -> None:
+        self.tell_once(f"{host}: connection refused: {reason}", {"event": "connection-refused", "host": host})
         if self.primary is None and self.link is None:
             self.reason = reason
 
@@ -369,9 +386,15 @@ class Node:
             f"{key} is {mine.get(key, 'missing')} here and {theirs.get(key, 'missing')} on {who}" for key in map(str, keys[:10])
         ]
         for difference in self.differences:
-            self.tell_once(f"the configuration differs: {difference}")
+            self.tell_once(f"the configuration differs: {difference}", {"event": "configuration-differs", "peer": who})
 
     async def _link_ended(self, reason: str) -> None:
+        log.info(
+            "%s is not connected any more: %s",
+            self.peer_name,
+            reason,
+            extra={"event": "peer-lost", "peer": self.peer_name, "reason": reason},
+        )
         self.link, self.peer_space, self.peer_progress, self.verdict = None, None, None, None
         self.split.link_ended()
         self.peer_joined = False
@@ -472,9 +495,3 @@ class Node:
             primary.settle_all()
             with trio.move_on_after(self.config.replication.ack_timeout_s):
                 await primary.stream.applied(primary.stream.sent)
-
-
-def _version_in(content: dict[str, Any]) -> str:
-    """The version of the software in a HELLO; empty if there is none that a line can show."""
-    version = content.get("version")
-    return version[:40] if isinstance(version, str) and version.isprintable() else ""

@@ -96,6 +96,7 @@ class Pausing:
             node.peer_joined = False
             if link is not None and in_sync:
                 link.send_message(Kind.PAUSE, packing.pack_record(node.keeper.record))
+            log.info("%s", self.reason, extra={"event": "paused"})
             node.enter(self.reason)
             if link is None:
                 return self.reason
@@ -115,7 +116,7 @@ class Pausing:
         try:
             await self._begin_here()
         except MirrorfsError as error:
-            log.warning("not paused: %s", error)
+            log.warning("not paused: %s", error, extra={"event": "pause-refused", "reason": str(error)})
             if self._node.link is not None:
                 self._node.link.send_message(Kind.REFUSED, str(error))
 
@@ -156,7 +157,7 @@ class Pausing:
         node = self._node
         await node.keeper.end_pause()
         node.reason = f"{why}: waiting for {node.peer_name}"
-        log.info("%s", node.reason)
+        log.info("%s", node.reason, extra={"event": "resumed"})
 
     # ---- what the other node says
 

@@ -43,7 +43,7 @@ class Promotion:
             await self.hand_over()
         except MirrorfsError as error:
             if not isinstance(error, JournalError):  # then the node ends and says why
-                log.warning("not handed over: %s", error)
+                log.warning("not handed over: %s", error, extra={"event": "handover-refused", "reason": str(error)})
             if self._node.link is not None:
                 self._node.link.send_message(Kind.REFUSED, str(error))
 
@@ -89,6 +89,7 @@ class Promotion:
         node.tree.table.begin_era()
         try:
             await node.stop_leading(f"handed over to {peer}")
+            log.info("the role is handed over to %s", peer, extra={"event": "handed-over", "peer": peer, "epoch": node.epoch})
         finally:
             invalidated.set()
 
@@ -106,6 +107,8 @@ class Promotion:
             assert epoch is not None
             node.peer_joined = epoch.has(node.peer.node)
             await node.lead(f"taken over from {node.peer.node}", mirror_to=link if node.peer_joined else None)
+            extra = {"event": "taken-over", "peer": node.peer.node, "epoch": node.epoch}
+            log.info("the role is taken over from %s", node.peer.node, extra=extra)
             if not node.peer_joined:
                 link.close("taken over: greeting again")
 
@@ -114,6 +117,18 @@ class Promotion:
 
         Returns what was done, or raises what stands against it.
         """
+        try:
+            return await self._promote(yes=yes, force=force, automatic=automatic)
+        except (RefusedError, ConfirmationNeededError) as error:
+            # A controller asks again every second.
+            extra = {"event": "promotion-refused", "reason": str(error), "automatic": automatic}
+            if automatic:
+                self._node.tell_once(f"not promoted: {error}", extra)
+            else:
+                log.warning("not promoted: %s", error, extra=extra)
+            raise
+
+    async def _promote(self, *, yes: bool, force: bool, automatic: bool) -> str:
         node = self._node
         name = node.config.node.name
         if node.primary is not None:
@@ -144,11 +159,29 @@ class Promotion:
                 grant=grant,
             )
             await node.lead("promoted by force" if forced else "promoted by itself" if automatic else "promoted by hand")
+            extra = {"event": "promoted", "epoch": node.epoch, "forced": forced, "automatic": automatic, "new": new}
+            log.info("%s was promoted", name, extra=extra)
             if node.link is not None:
                 node.link.close("promoted: greeting again")
         epoch = node.keeper.record.epoch
         assert epoch is not None
         return f"{name} is the primary in epoch {epoch.number}" + (" of a new volume" if new else "")
+
+    async def promote_new(self) -> str:
+        """The one promotion that makes a new volume, where nothing can be lost by it: both nodes are here and have no history,
+        and the other one has no files. Nobody has to be asked then. Raises RefusedError, MirrorfsError while that one is away.
+        """
+        node, met = self._node, self._met
+        if node.keeper.record.epoch is not None:
+            raise RefusedError(f"{node.config.volume} is not new, its roles stay as they are (`mirrorfs status`)")
+        if met is None:
+            raise MirrorfsError(f"{node.peer_name} is not connected yet: run `mirrorfs promote` here when it is")
+        if not (met.empty or met.discard_local_data):
+            raise RefusedError(
+                f"{met.node} has files in its directory too: run `mirrorfs promote` on the node whose files are to be kept, "
+                "after the directory of the other one was emptied, or that was started with --discard-local-data"
+            )
+        return await self.promote(yes=False, force=False)
 
     async def _granted(self, *, force: bool, forced: bool) -> "tuple[Grant | None, bool]":
         """What the arbiter says, and whether the promotion is by force then; raises RefusedError if it stands against it."""

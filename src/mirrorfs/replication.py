@@ -166,10 +166,17 @@ class Primary(Changes):
         self.loss = reason
         if self._settings.on_peer_loss == "freeze":
             self.enter(Mode.FROZEN)
-            log.warning("the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason)
+            log.warning(
+                "the peer is lost (%s): writes are frozen (on_peer_loss = freeze)", reason, extra={"event": "writes-frozen"}
+            )
             return
         if self.ask_alone is not None:
             self.enter(Mode.FROZEN)
+            log.warning(
+                "the peer is lost (%s): writes are frozen until the arbiter has answered",
+                reason,
+                extra={"event": "writes-frozen"},
+            )
             self.waits_for_grant = True
             self.ask_alone(wrote)
             return
@@ -180,7 +187,12 @@ class Primary(Changes):
         """Nobody else goes on: record it, then acknowledge alone; with `wrote`, what was under way is acknowledged by that."""
         before = self.mode
         epoch = await self.keeper.begin(self.keeper.me().node, frozenset({self.keeper.me()}), wrote=wrote, grant=grant)
-        log.warning("the peer is lost (%s): going on alone in epoch %d", self.loss, epoch.number)
+        log.warning(
+            "the peer is lost (%s): going on alone in epoch %d",
+            self.loss,
+            epoch.number,
+            extra={"event": "went-on-alone", "epoch": epoch.number, "reason": self.loss},
+        )
         if self.mode is before:
             self.enter(Mode.ALONE)
 

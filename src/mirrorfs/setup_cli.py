@@ -5,19 +5,25 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from mirrorfs import config as configuration
+from mirrorfs import control, units
 from mirrorfs.cli_base import Chosen, ConfigFile, Json, NodeName, load
-from mirrorfs.config import DEFAULT_PORT
-from mirrorfs.errors import UsageError
+from mirrorfs.config import DEFAULT_PORT, Config
+from mirrorfs.errors import MirrorfsError, UsageError
 from mirrorfs.modules_cli import Settings
+
+_ANSWER_S: Final = 60.0
+_MEET_S: Final = 60.0
+_POLL_S: Final = 0.2
 
 Address = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Of this node, for the other one. Default: the only one that there is.")
 ]
+NoStart = Annotated[bool, typer.Option("--no-start", help="Do not start the node, also where systemd could.")]
 
 
 def init(
@@ -36,10 +42,14 @@ def init(
         list[str] | None,
         typer.Option("--vip", metavar="ADDRESS/LENGTH@INTERFACE", help="An address that moves with them. Repeatable."),
     ] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Then make this node the primary of the new volume: its files are kept.")
+    ] = False,
+    no_start: NoStart = False,
     config: ConfigFile = None,
     node: NodeName = None,
 ) -> None:
-    """Make configuration and keys of this node, then wait for the other one, which `mirrorfs join CODE` brings."""
+    """Make configuration and keys, wait for the other node, which `mirrorfs join CODE` brings, and start with systemd."""
     import trio
 
     from mirrorfs.joining import Invitation, prepare
@@ -48,12 +58,15 @@ def init(
     chosen: Chosen = context.obj
     # Before anything is written, as far as that can be said then.
     adding.of_options(module, settings or [], vips or [], mount, {"this node": [address] if address else []})
-    loaded = prepare(volume, config or chosen.config, node or chosen.node, address, port, mount)
-    addresses = {loaded.node.name: (loaded.node.address, *loaded.node.heartbeats)}
-    sections = adding.of_options(module, settings or [], vips or [], loaded.mount, addresses)
-    if sections and loaded.peer is not None:
-        raise UsageError(f"{loaded.file} names both nodes already: `mirrorfs modules add` puts a module there")
-    invitation = Invitation(loaded, sections)
+    prepared = prepare(volume, config or chosen.config, node or chosen.node, address, port, mount)
+    why_not = "--no-start is given" if no_start else units.why_not(prepared)
+    if promote and why_not and not units.is_running(prepared.node.control):
+        raise UsageError(f"--promote: the node has to run for that, and it would not be started: {why_not}")
+    addresses = {prepared.node.name: (prepared.node.address, *prepared.node.heartbeats)}
+    sections = adding.of_options(module, settings or [], vips or [], prepared.mount, addresses)
+    if sections and prepared.peer is not None:
+        raise UsageError(f"{prepared.file} names both nodes already: `mirrorfs modules add` puts a module there")
+    invitation = Invitation(prepared, sections)
 
     async def wait() -> None:
         async with trio.open_nursery() as nursery:
@@ -63,6 +76,13 @@ def init(
 
     trio.run(wait)
     print(f"{invitation.joined} has joined: the nodes of {volume} know each other, {invitation.config.file} names both")
+    loaded = configuration.load(prepared.file, prepared.node.name)
+    _start_mount(loaded, no_start=no_start)
+    if promote:
+        _promote_new(loaded)
+    elif _is_new(loaded):
+        print("then, once, on the node whose files are to be kept: mirrorfs promote")
+    _start_controller(loaded, no_start=no_start)
 
 
 def join(
@@ -73,10 +93,11 @@ def join(
         str | None,
         typer.Option(metavar="ADDRESS", help="Of this node, for the other one. Default: that from which it is reached."),
     ] = None,
+    no_start: NoStart = False,
     config: ConfigFile = None,
     node: NodeName = None,
 ) -> None:
-    """Take configuration and trust over from the node that gave the code, in one step."""
+    """Take configuration and trust over from the node that gave the code, in one step, and start with systemd."""
     import trio
 
     from mirrorfs.joining import join, parse_code
@@ -85,6 +106,55 @@ def join(
     loaded = trio.run(join, parse_code(code), config or chosen.config, node or chosen.node, address)
     assert loaded.peer is not None
     print(f"joined {loaded.peer.name}: {loaded.file} is written, the nodes of {loaded.volume} know each other")
+    _start_mount(loaded, no_start=no_start)
+    _start_controller(loaded, no_start=no_start)
+
+
+def _start_mount(loaded: Config, *, no_start: bool) -> None:
+    """By its unit where that is possible and wanted; else say what a person has to run."""
+    if units.is_running(loaded.node.control):
+        print("the node runs already")
+        return
+    if why_not := "" if no_start else units.why_not(loaded):
+        print(f"not started, since {why_not}")
+    if no_start or why_not:
+        print("next, here: " + "; and ".join(units.by_hand(loaded)))
+        return
+    if units.make_mount_point(loaded):
+        print(f"{loaded.mount} was not there, and is made")
+    _start(units.mount_unit(loaded))
+
+
+def _start_controller(loaded: Config, *, no_start: bool) -> None:
+    if loaded.failover and not (no_start or units.why_not(loaded) or units.is_running(loaded.node.controller)):
+        _start(units.controller_unit(loaded))
+
+
+def _start(unit: str) -> None:
+    units.start(unit)
+    print(f"{unit} is started, now and with every boot")
+
+
+def _is_new(loaded: Config) -> bool:
+    """Whether the volume has to be promoted yet, as far as this node knows."""
+    from mirrorfs.journal import Journal
+
+    record = Journal(loaded.node.state_dir).read()
+    return record is None or record.epoch is None
+
+
+def _promote_new(loaded: Config) -> None:
+    """Make this node the first primary, once the other one is here."""
+    assert loaded.peer is not None
+    end = time.monotonic() + _MEET_S
+    while control.request(loaded.node.control, "status", timeout_s=_ANSWER_S)["peer"]["state"] == "disconnected":
+        if time.monotonic() > end:
+            raise MirrorfsError(
+                f"{loaded.peer.name} runs not yet, or cannot be reached: run `mirrorfs promote` here when it is connected "
+                "(`mirrorfs status`)"
+            )
+        time.sleep(_POLL_S)
+    print(control.request(loaded.node.control, "promote-new", timeout_s=_ANSWER_S)["message"])
 
 
 def doctor(

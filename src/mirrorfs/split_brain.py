@@ -298,11 +298,12 @@ class SplitBrain:
             try:
                 done = await yielding.give_up(winner)
             except MirrorfsError as error:
-                log.error("the history was not given up: %s", error)
+                log.error("the history was not given up: %s", error, extra={"event": "split-brain-unresolved"})
                 if was_serving:
                     await node.keeper.begin_alone()
                     await node.lead("its history was not given up; it goes on")
                 raise
+            log.warning("%s: %s", node.keeper.record.reason, done, extra={"event": "split-brain-resolved", "kept": winner})
             node.enter(node.keeper.record.reason)
         if close and node.link is not None:
             node.link.close("its history was given up: greeting again")

@@ -234,7 +234,7 @@ class Standby:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             await self._activity.distrust()  # the trees differ where nobody knows of it
         await self._keeper.stand(Standing.RESYNCING if resyncing else Standing.OUTDATED, f"{what} ({moment})")
-        log.error("out of sync: %s", what)
+        log.error("out of sync: %s", what, extra={"event": "out-of-sync", "node_out_of_sync": self._keeper.me().node})
         self._link.send_message(Kind.FAILED, what)
         await trio.lowlevel.checkpoint()
         self._link.close(what)
@@ -330,7 +330,7 @@ class Standby:
         """A sync failed, and is never tried again: the kernel has dropped what it could not write."""
         self.failure = f"a sync failed here: {error.strerror}"
         await self._keeper.stand(Standing.OUTDATED, self.failure)
-        log.error("out of sync: %s", self.failure)
+        log.error("out of sync: %s", self.failure, extra={"event": "out-of-sync", "node_out_of_sync": self._keeper.me().node})
         self._link.close(self.failure)
 
     # ---- joining

@@ -122,7 +122,8 @@ class MountWatch:
         if (condition, status) == (self.condition, self.status):
             return
         if condition is not self.condition:
-            log.info("the mount behind %s: %s", self._socket, condition.name.lower())
+            word = condition.name.lower()
+            log.info("the mount behind %s: %s", self._socket, word, extra={"event": "mount-condition", "condition": word})
         self.condition, self.status = condition, status
         self.on_change()
 

@@ -1,5 +1,7 @@
 """Pairs that a test may break: each has its own."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +10,19 @@ import pytest
 
 from mirrorfs.lab.pair import Lab
 from tests.pair.support import WRITER_KINDS, Load
+
+_BUILD = Path(__file__).parents[2] / "packaging" / "build_deb.py"
+_IS_DEBIANS_PYTHON = sys.base_prefix == "/usr" and Path("/usr/bin/dpkg-deb").exists()
+
+
+@pytest.fixture(scope="session")
+def built_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package of this very source; it takes a while, and is made once for all tests."""
+    if not _IS_DEBIANS_PYTHON:
+        pytest.skip("the package is made of Debian's Python, and this is another one")
+    directory = tmp_path_factory.mktemp("deb")
+    built = subprocess.run([sys.executable, _BUILD, directory], capture_output=True, text=True, check=True)
+    return Path(built.stdout.strip())
 
 
 @pytest.fixture

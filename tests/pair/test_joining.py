@@ -143,6 +143,27 @@ def test_a_module_and_an_address_given_to_init_are_on_both_nodes(lab: Lab, tmp_p
         assert [(str(vip.address), vip.interface) for vip in loaded.failover.vips] == [("10.77.0.100/24", "eth0")]
 
 
+def test_where_systemd_does_not_start_the_node_it_says_what_to_run(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    with _without_default_keys(), _Init(lab.one, one) as init:
+        done = _join(lab.two, init.code, two)
+        assert f"next, here: mirrorfs --config {two} mount PATH\n" in done.stdout
+        code, said = init.end()
+    assert code == 0
+    assert f"next, here: mirrorfs --config {one} mount PATH\n" in said
+    assert "then, once, on the node whose files are to be kept: mirrorfs promote\n" in said
+
+
+def test_a_node_that_would_not_be_started_cannot_be_promoted(lab: Lab, tmp_path: Path) -> None:
+    file = tmp_path / "one.toml"
+    arguments = ("init", VOLUME, "--node", "one", "--address", ADDRESSES["one"], "--config", str(file), "--promote")
+    with _without_default_keys():
+        done = subprocess.run(_mirrorfs(lab.one, *arguments), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mirrorfs: --promote: the node has to run for that, and it would not be started: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_code_is_good_once_and_for_its_node_only(lab: Lab, tmp_path: Path) -> None:
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     _with_places(lab.one, one)

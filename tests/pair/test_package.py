@@ -6,7 +6,6 @@ import pty
 import select
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,9 @@ import pytest
 from mirrorfs import __version__
 from mirrorfs.lab.pair import Lab, wait_for
 
-_PROJECT = Path(__file__).parents[2]
-_IS_DEBIANS_PYTHON = sys.base_prefix == "/usr" and Path("/usr/bin/dpkg-deb").exists()
 _CLEAN = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(not _IS_DEBIANS_PYTHON, reason="the package is made of Debian's Python, and this is another one"),
-]
+pytestmark = pytest.mark.root
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -40,19 +34,14 @@ def _is_installed() -> bool:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def package(built_package: Path) -> Iterator[Path]:
     """The package, installed; removed at the end."""
     if _is_installed():
         pytest.skip("mirrorfs is installed on this machine, and stays")
-    directory = tmp_path_factory.mktemp("deb")
-    built = subprocess.run(
-        [sys.executable, _PROJECT / "packaging" / "build_deb.py", directory], capture_output=True, text=True, check=True
-    )
-    file = Path(built.stdout.strip())
     try:
-        installed = _run("dpkg", "--install", file)
+        installed = _run("dpkg", "--install", built_package)
         assert installed.returncode == 0, installed.stderr
-        yield file
+        yield built_package
     finally:
         _purge()
 

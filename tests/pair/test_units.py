@@ -1,5 +1,6 @@
 """What units of systemd and lines of fstab rely on: where to mount, signs of life, and what mount(8) calls."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mirrorfs.lab.pair import Host, Lab
+from mirrorfs.lab.pair import Host, Lab, wait_for
 
 pytestmark = pytest.mark.root
 _HELPER = Path(__file__).parents[2] / "packaging" / "mount.fuse.mirrorfs"
@@ -48,6 +49,19 @@ def test_without_either_it_says_what_to_do(host: Host) -> None:
     _, said = mounting.communicate(timeout=30)
     assert mounting.returncode == 2
     assert said == f'mirrorfs: where? Give PATH, or write mount = "/data" into {host.config}\n'
+
+
+def test_the_log_is_lines_of_json_where_that_is_asked_for(host: Host) -> None:
+    host.config.write_text(f'mount = "{host.mount}"\n' + host.config.read_text())
+    mounting = _mount(host, MIRRORFS_LOG_FORMAT="json")
+    try:
+        wait_for(host.answers, "it answers")
+    finally:
+        mounting.terminate()
+        _, said = mounting.communicate(timeout=30)
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert {(line["volume"], line["node"]) for line in lines} == {("lab", "one")}
+    assert "node-stopping" in [line.get("event") for line in lines]
 
 
 # ---- mount(8) and fstab

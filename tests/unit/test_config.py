@@ -201,7 +201,7 @@ def test_the_short_host_name_comes_before_the_full_one(file: Path, monkeypatch: 
         (
             '"a\\nb" = 1\n' + TWO,
             r'"a\nb": unknown key, remove it (known here: volume, node, mount, backing, session, nodes, replication, resync, '
-            "verify, security, arbiter, failover, vip, service)",
+            "verify, security, arbiter, failover, console, vip, service)",
         ),
         (
             'volume = "v"\n',

@@ -231,7 +231,7 @@ def test_heartbeats_go_over_the_networks_that_are_listed_else_over_that_of_the_d
         (BASE + "[arbiter]\n", 'arbiter.kind: missing, use "etcd", or "none" for an operator who decides'),
         (BASE + '[arbiter]\nkind = "consul"\n', 'arbiter.kind: "consul" is not known here, use "etcd" or "none"'),
         (BASE + "arbiter = 1\n", "nodes.two.arbiter: unknown key, remove it (known here: address, port, backing, state_dir, "
-         "control, controller, heartbeats, keys)"),
+         "control, controller, heartbeats, keys, console)"),
         ("arbiter = 1\n" + BASE, "arbiter: is a whole number, must be a table"),
         (
             BASE + '[arbiter]\nkind = "etcd"\n',

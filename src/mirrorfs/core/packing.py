@@ -94,3 +94,9 @@ def unpack_hello(data: dict[str, Any]) -> Hello:
 def _unpack_head(fields: list[Any]) -> Head:
     volume_id, number, base, new_from, complete = fields
     return Head(str(volume_id), int(number), int(base), int(new_from), bool(complete))
+
+
+def version_in(content: dict[str, Any]) -> str:
+    """The version of the software in a HELLO; empty if there is none that a line can show."""
+    version = content.get("version")
+    return version[:40] if isinstance(version, str) and version.isprintable() else ""

@@ -114,7 +114,7 @@ class Verifier:
                 self._failure = RefusedError("stopped before it was complete")
         except MirrorfsError as error:
             self._failure = error
-            log.warning("verify: broken off: %s", error)
+            log.warning("verify: broken off: %s", error, extra={"event": "verify-broken-off"})
         except Exception as error:
             log.exception("verify: failed")
             self._failure = MirrorfsError(f"verify failed in the node ({error!r}), its log says where")
@@ -135,7 +135,8 @@ class Verifier:
         self._note_time(now)
         say = log.error if self._found > self._repaired else log.info
         what = f"differences: {self._found}, of them repaired: {self._repaired}" if self._found else "both trees are equal"
-        say("verify: %s: %d files, %d bytes compared in %.1f s", what, walk.files_done, walk.bytes_done, took_s)
+        extra = {"event": "verify-ended", "found": self._found, "repaired": self._repaired}
+        say("verify: %s: %d files, %d bytes compared in %.1f s", what, walk.files_done, walk.bytes_done, took_s, extra=extra)
 
     def _on_found(self, difference: Difference) -> None:
         self._found += 1
@@ -143,7 +144,7 @@ class Verifier:
         if self._found <= _MAX_KEPT:
             self._lines.append(str(difference))
         if self._found <= _MAX_ALARMS:
-            log.error("verify: the nodes differ: %s", difference)
+            log.error("verify: the nodes differ: %s", difference, extra={"event": "verify-difference"})
 
     # ---- the schedule
 
