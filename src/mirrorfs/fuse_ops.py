@@ -24,7 +24,7 @@ from mirrorfs.handles import Handle, Listing
 from mirrorfs.privileges import cleared_by, group_of_new, in_group, mode_of_new, without_special
 from mirrorfs.replication import Primary
 from mirrorfs.space import Space
-from mirrorfs.strand import in_task
+from mirrorfs.strand import done_in_part, in_task
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -275,6 +275,7 @@ class FuseOperations(pyfuse3.Operations):
         status = self._tree.stat(known)
         if not status.st_mode & stat.S_ISGID or in_group(status.st_gid, ctx):
             return
+        done_in_part()
         await primary.change(ops.SetAttributes(known.id, mode=stat.S_IMODE(status.st_mode) & ~stat.S_ISGID), known)
 
     @answered
@@ -362,8 +363,10 @@ class FuseOperations(pyfuse3.Operations):
         written = await primary.write(known, off, buf)
         if handle.sync:
             # The kernel sends no FSYNC for asynchronous O_DIRECT writes.
+            done_in_part()
             await primary.sync(known, handle.data_sync)
         elif flags & os.O_DSYNC:  # asked for with this write (RWF_DSYNC)
+            done_in_part()
             await primary.sync(known, flags & os.O_SYNC != os.O_SYNC)
         return written
 
@@ -373,6 +376,7 @@ class FuseOperations(pyfuse3.Operations):
         primary = self._primary(handle)
         await primary.change(ops.Allocate(handle.known.id, mode, offset, size), handle.known)
         if handle.sync:
+            done_in_part()
             await primary.sync(handle.known, handle.data_sync)
 
     async def lseek(self, fh: int, offset: int, whence: int) -> int:
@@ -388,6 +392,7 @@ class FuseOperations(pyfuse3.Operations):
         change = ops.CopyRange(source.known.id, source_offset, handle.known.id, offset, size)
         copied: int = await primary.change(change, handle.known)
         if handle.sync:
+            done_in_part()
             await primary.sync(handle.known, handle.data_sync)
         return copied
 

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -140,14 +141,13 @@ class KernelSession:
             log.exception("a request of the kernel (%d) that makes no sense", opcode)
             self._refuse(unique, errno.EIO)
             return
+        self._reactor.strands.start(coroutine, partial(self._done, unique, opcode), unique)
 
-        def done(result: Any, error: BaseException | None) -> None:
-            if error is None:
-                self._answer(unique, result)
-            else:
-                self._refuse(unique, errno_of(error, Opcode(opcode).name.lower()))
-
-        self._reactor.strands.start(coroutine, done)
+    def _done(self, unique: int, opcode: int, result: Any, error: BaseException | None) -> None:
+        if error is None:
+            self._answer(unique, result)
+        else:
+            self._refuse(unique, errno_of(error, Opcode(opcode).name.lower()))
 
     def _answer(self, unique: int, payload: bytes | memoryview) -> None:
         try:
@@ -174,13 +174,26 @@ class KernelSession:
                 start = protocol.BATCH_FORGET_IN.size
                 self._fs.forgotten(protocol.FORGET_ONE.iter_unpack(body[start : start + count * protocol.FORGET_ONE.size]))
             case Opcode.INTERRUPT:
-                pass  # a change that has begun is not taken back; one that waits in a freeze ends with the freeze
+                self._interrupt(unique, *protocol.INTERRUPT_IN.unpack_from(body))
             case Opcode.INIT:
                 self._init(unique, body)
             case Opcode.DESTROY:
                 self._answer(unique, b"")
             case _:
                 self._refuse(unique, errno.ENOSYS)
+
+    def _interrupt(self, unique: int, asked: int) -> None:
+        """Who waits for the answer to the request `asked` has got a signal, and if that is to end him, ends only with it.
+
+        Whether it may be given up is for the request to know. Nobody else reads /dev/fuse, so a request is known here before
+        it can be interrupted. One that is not has been answered, and then the kernel has no use for EAGAIN; where it has, it
+        will say so again.
+        """
+        strand = self._reactor.strands.find(asked)
+        if strand is None:
+            self._refuse(unique, errno.EAGAIN)
+        else:
+            strand.interrupt()
 
     def _init(self, unique: int, body: memoryview) -> None:
         major, minor, readahead, offered = protocol.INIT_IN.unpack_from(body)

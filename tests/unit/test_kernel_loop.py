@@ -1,0 +1,86 @@
+"""The session without a kernel: requests are frames on a socket, and so are the answers."""
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+
+from mirrorfs.kernel import protocol
+from mirrorfs.kernel.loop import KernelSession
+from mirrorfs.kernel.protocol import Opcode
+from mirrorfs.reactor import Reactor
+from mirrorfs.strand import in_task, interruptible
+
+
+class FileSystem:
+    """One whose fallocate has to be waited for."""
+
+    def __init__(self) -> None:
+        self.asked = trio.Event()
+
+    async def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
+        await in_task()
+        self.asked.set()
+        with interruptible():
+            await trio.sleep_forever()
+
+
+class Kernel:
+    """What is on the other side of /dev/fuse."""
+
+    def __init__(self, there: socket.socket) -> None:
+        self._there = trio.socket.from_stdlib_socket(there)
+
+    async def ask(self, opcode: Opcode, unique: int, body: bytes) -> None:
+        header = protocol.IN_HEADER.pack(protocol.IN_HEADER.size + len(body), opcode, unique, 1, 0, 0, 1, 0, 0)
+        await self._there.send(header + body)
+
+    async def answer(self) -> tuple[int, int]:
+        """To which request, and its errno."""
+        with trio.fail_after(30):
+            _, error, unique = protocol.OUT_HEADER.unpack_from(await self._there.recv(100))
+        return unique, -error
+
+
+@pytest.fixture
+async def file_system() -> FileSystem:
+    return FileSystem()
+
+
+@pytest.fixture
+async def kernel(nursery: trio.Nursery, file_system: Any) -> AsyncIterator[Kernel]:
+    session = KernelSession(Reactor())
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (here, there):
+        end.setblocking(False)
+    session._fs, session._fuse = file_system, os.dup(here.fileno())
+    here.close()
+    await nursery.start(session.run)
+    nursery.start_soon(session.serve)
+    yield Kernel(there)
+    nursery.cancel_scope.cancel()
+    there.close()
+
+
+async def test_a_request_that_waits_is_answered_with_eintr_when_it_is_interrupted(
+    kernel: Kernel, file_system: FileSystem
+) -> None:
+    await kernel.ask(Opcode.FALLOCATE, 10, bytes(protocol.FALLOCATE_IN.size))
+    await file_system.asked.wait()
+    await kernel.ask(Opcode.INTERRUPT, 11, protocol.INTERRUPT_IN.pack(10))
+    assert await kernel.answer() == (10, errno.EINTR)  # and none to the interrupt itself
+
+
+async def test_an_interrupt_right_behind_its_request_is_not_lost(kernel: Kernel) -> None:
+    await kernel.ask(Opcode.FALLOCATE, 10, bytes(protocol.FALLOCATE_IN.size))
+    await kernel.ask(Opcode.INTERRUPT, 11, protocol.INTERRUPT_IN.pack(10))
+    assert await kernel.answer() == (10, errno.EINTR)
+
+
+async def test_an_interrupt_of_what_is_not_known_is_to_be_said_again(kernel: Kernel) -> None:
+    await kernel.ask(Opcode.INTERRUPT, 11, protocol.INTERRUPT_IN.pack(10))
+    assert await kernel.answer() == (11, errno.EAGAIN)
