@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import pyfuse3
 import trio
 
+from mirrorfs import backing
 from mirrorfs.answers import Answers, answered
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
@@ -209,6 +210,12 @@ class FuseOperations(pyfuse3.Operations):
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Any:
         return self._attributes(self._tree.table.get(inode), inode)
+
+    async def statx(self, inode: int) -> tuple[int, bytes, int]:
+        """statx(2) with the birth time, for the kernel session: the id, a struct statx, and how many seconds the kernel may
+        keep it."""
+        known = self._tree.table.get(inode)
+        return known.id, backing.statx(self._tree.table.descriptor(known)), self._timeout_s(inode)
 
     @answered
     async def setattr(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,53 @@ def test_a_name_that_was_not_there_is_found_once_the_other_node_has_made_it(lab:
     assert name.read_text() == "here"
     name.unlink()
     assert not (lab.two.mount / "name").exists()
+
+
+_KINDS: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: path.write_bytes(b"some"),
+    "directory": Path.mkdir,
+    "link": lambda path: path.symlink_to("nowhere"),
+    "device": lambda path: os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(259, 65537)),
+    "fifo": os.mkfifo,
+}
+
+
+def _statx(path: Path) -> tuple[str, ...]:
+    """All that stat(1) says of a file without its name, device and inode number, and its birth time beside."""
+    of_all = "%B %F %a %b %g %h %o %s %t %T %u %w %x %y %z"
+    done = subprocess.run(["stat", "--format", of_all + "\n%w", path], capture_output=True, text=True, check=True)
+    everything, birth = done.stdout.splitlines()
+    return everything, birth
+
+
+def test_birth_times_are_those_of_the_files_underneath(lab: Lab) -> None:
+    for name, make in _KINDS.items():
+        make(lab.one.mount / name)
+    (lab.one.mount / "file").write_bytes(b"more than before")
+    wait_for(lambda: lab.one.status()["settled"], "the other node has them, too")
+    for host in lab.hosts.values():
+        for name in _KINDS:
+            number = os.lstat(host.mount / name).st_ino
+            shown = _statx(host.mount / name)
+            assert shown == _statx(host.backing / name)
+            assert shown[1] != "-", "the file system underneath has birth times"
+            assert _statx(host.mount / name) == shown, "asked again"
+            assert os.lstat(host.mount / name).st_ino == number
+            assert (host.mount / name).is_symlink() is (name == "link")
+
+
+def test_a_birth_time_stays_when_the_file_is_changed_and_renamed(lab: Lab) -> None:
+    file, renamed = lab.one.mount / "file", lab.one.mount / "renamed"
+    file.write_bytes(b"some")
+    birth = _statx(file)[1]
+    with open(file, "ab") as opened:
+        opened.write(b" more")
+    file.rename(renamed)
+    renamed.chmod(0o600)
+    everything, same = _statx(renamed)
+    assert same == birth
+    assert everything.split()[3] == "600"
+    assert renamed.stat().st_size == len(b"some more")
 
 
 def test_an_open_file_of_the_standby_shows_what_the_primary_writes(lab: Lab) -> None:

@@ -54,6 +54,7 @@ class Opcode(IntEnum):
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
+    STATX = 52
 
 
 class Notify(IntEnum):
@@ -141,6 +142,11 @@ ATTR: Final = Struct("<QQQQQQIIIIIIIIII")
 ENTRY_HEAD: Final = Struct("<QQQQII")
 #: seconds for which they hold, their nanoseconds; ATTR follows
 ATTR_HEAD: Final = Struct("<QII")
+#: seconds for which it holds, their nanoseconds; STATX follows
+STATX_HEAD: Final = Struct("<QII16x")
+#: As statx(2), without attributes and what comes after the device number: mask, blksize, nlink, uid, gid, mode, ino, size,
+#: blocks, the four times, major and minor of rdev
+STATX: Final = Struct("<II8xIIIH2xQQQ8x64sII120x")
 OPEN_OUT: Final = Struct("<QII")  # handle, flags
 WRITE_OUT: Final = Struct("<II")  # size
 GETXATTR_OUT: Final = Struct("<II")  # size
