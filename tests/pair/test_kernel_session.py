@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,70 @@ def test_an_open_file_of_the_standby_shows_what_the_primary_writes(lab: Lab) -> 
         with open(lab.one.mount / "file", "r+b") as here:
             here.write(b"b" * 8192)
         assert os.pread(there.fileno(), 8192, 0) == b"b" * 8192
+
+
+#: What every Python process of the nodes does at its start: a kernel before 6.16 cannot forget all names at once.
+_OLDER_KERNEL = "from mirrorfs.kernel import protocol\nprotocol.MINOR_WITH_EPOCHS = 1 << 30\n"
+#: A process that works in a directory of the mount, and says for each line that it reads where that is and what it sees.
+_AT_WORK = (
+    "import os, sys\n"
+    "os.chdir(sys.argv[1])\n"
+    "print(flush=True)\n"
+    "for line in sys.stdin:\n"
+    "    print(os.getcwd(), *sorted(os.listdir()), open('file').read(), flush=True)\n"
+)
+
+
+@pytest.mark.parametrize("kernel", ["with epochs", "without epochs"])
+def test_a_change_of_roles_takes_no_working_directory_away_and_no_mount_unless_it_has_to(
+    make_lab: Callable[..., Lab], kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MIRRORFS_SESSION", "kernel")
+    if kernel == "without epochs":
+        (tmp_path / "sitecustomize.py").write_text(_OLDER_KERNEL)
+        paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    lab = make_lab(ack_timeout="1s")
+    work, point = Path("top", "work"), lab.one.mount / "top" / "point"
+    for name in (work, "top/point"):
+        (lab.one.mount / name).mkdir(parents=True)
+    (lab.one.mount / work / "file").write_text("old")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", point], check=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _AT_WORK, str(lab.one.mount / work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def seen() -> list[str]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline().split()
+
+    try:
+        process.stdout.readline()
+        assert seen() == [str(lab.one.mount / work), "file", "old"]
+        for number, (new, old) in enumerate([(lab.two, lab.one), (lab.one, lab.two)]):
+            new.promote(yes=True)
+            wait_state(new, "primary")
+            lab.wait_mirrored()
+            (new.mount / work / "new").write_text(f"new {number}")
+            (new.mount / work / "new").rename(new.mount / work / "file")
+            (new.mount / work / f"name-{number}").touch()
+            wait_for((old.backing / work / f"name-{number}").exists, "the standby has applied it")
+            names = ["file", *(f"name-{n}" for n in range(number + 1))]
+            assert seen() == [str(lab.one.mount / work), *names, "new", str(number)]
+            if kernel == "without epochs":  # an epoch takes it away, at the next look at a name above
+                mounted = backing.top_mount(point)
+                assert mounted is not None
+                assert mounted.kind == "tmpfs"
+        assert (lab.one.mount / work / "file").read_text() == "new 1"
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", point], check=False)
 
 
 def test_what_the_old_primary_has_cached_of_a_file_is_not_what_it_shows_later(lab: Lab) -> None:

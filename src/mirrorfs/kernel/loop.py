@@ -236,14 +236,17 @@ class KernelSession:
 
     def _forget_all(self, files: list[Known], cached: list[tuple[int, list[tuple[int, bytes]]]]) -> None:
         if not self._kernel_answers.can_forget_nothing or not self._tell(Notify.INCREASE_EPOCH, b""):
-            # The names in the root first: with each, the kernel drops all that it knows below it.
+            # Expired, a name loses neither what is mounted below it nor who works there. But of a directory that the kernel
+            # has by a provisional number, it may have names that are noted under the real one: they go with all above.
+            provisional = any(ids.is_provisional(number) for number, _ in cached)
+            flags = 0 if provisional else protocol.EXPIRE_ONLY
+            # The names in the root first: with each that is dropped, the kernel drops all that it knows below it.
             for of_root in (True, False):
                 for _, names in cached:
                     for parent, name in names:
                         if (parent == ids.ROOT) is of_root:
-                            self._tell(
-                                Notify.INVALIDATE_ENTRY, protocol.INVALIDATE_ENTRY.pack(parent, len(name), 0) + name + b"\0"
-                            )
+                            entry = protocol.INVALIDATE_ENTRY.pack(parent, len(name), flags)
+                            self._tell(Notify.INVALIDATE_ENTRY, entry + name + b"\0")
         for known in files:
             if known.lookups:
                 self._tell(Notify.INVALIDATE_INODE, protocol.INVALIDATE_INODE.pack(known.id, 0, 0))

@@ -106,6 +106,9 @@ class Open(IntFlag):
 
 
 FSYNC_DATA_ONLY: Final = 1
+#: Of INVALIDATE_ENTRY: the name is looked up again before it is used, and nothing below it is dropped. Before Linux 6.2 it
+#: counts for nothing, and the name is dropped with all below it.
+EXPIRE_ONLY: Final = 1
 
 # Requests, after the header. Names follow, each with a zero byte at its end.
 INIT_IN: Final = Struct("<IIII")  # major, minor, max_readahead, flags; flags2 follows in longer ones
