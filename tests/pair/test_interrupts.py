@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mirrorfs.lab.pair import Lab, wait_for
-from tests.pair.support import tree_differences, wait_state
+from tests.pair.support import start_mirrored, tree_differences, wait_state
 
 pytestmark = pytest.mark.root
 
@@ -78,14 +78,29 @@ class Application:
         return self.process.wait(60)
 
 
+_OPTIONS = {"freeze_timeout": "1h", "ack_timeout": "1s"}
+
+
+def _fill(lab: Lab) -> None:
+    for action in ACTIONS:
+        (lab.one.mount / action).mkdir()
+        (lab.one.mount / action / "file").write_text("as it was")
+
+
+def _started(lab: Lab, action: str, stack: ExitStack) -> Application:
+    """One that is ended with the stack."""
+    application = Application(lab, action)
+    stack.callback(application.process.communicate)
+    stack.callback(application.process.kill)
+    return application
+
+
 @pytest.fixture
 def lab(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> Lab:
     """A pair whose primary freezes without its peer, for longer than any test lasts."""
     monkeypatch.setenv("MIRRORFS_SESSION", "kernel")
-    lab = make_lab(on_peer_loss="freeze", freeze_timeout="1h", ack_timeout="1s")
-    for action in ACTIONS:
-        (lab.one.mount / action).mkdir()
-        (lab.one.mount / action / "file").write_text("as it was")
+    lab = make_lab(on_peer_loss="freeze", **_OPTIONS)
+    _fill(lab)
     return lab
 
 
@@ -93,14 +108,7 @@ def lab(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> Lab:
 def start(lab: Lab) -> Iterator[Callable[[str], Application]]:
     """Starts applications; those that still wait after the test are ended."""
     with ExitStack() as stack:
-
-        def start(action: str) -> Application:
-            application = Application(lab, action)
-            stack.callback(application.process.communicate)
-            stack.callback(application.process.kill)
-            return application
-
-        yield start
+        yield lambda action: _started(lab, action, stack)
         lab.two.kill()
         lab.one.kill()  # what waits for it would be waited for
 
@@ -186,3 +194,22 @@ def test_a_change_that_is_made_is_waited_for_and_a_sync_is_not(lab: Lab, start: 
     assert (lab.two.backing / "make" / "new").is_dir()
     assert (lab.two.backing / "rename" / "file").exists()
     assert tree_differences(lab) == []
+
+
+#: An address of RFC 5737, where nobody is.
+_ARBITER = '[arbiter]\nkind = "etcd"\nendpoints = ["http://192.0.2.1:2379"]\ntimeout = "500ms"\n'
+
+
+def test_who_waits_for_an_arbiter_that_does_not_answer_can_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIRRORFS_SESSION", "kernel")
+    with Lab.create(tmp_path / "lab", options=_OPTIONS, sections=_ARBITER) as lab:
+        start_mirrored(lab)
+        _fill(lab)
+        lab.two.kill()
+        wait_state(lab.one, "waiting")
+        with ExitStack() as stack:
+            application = _started(lab, "write", stack)
+            stack.callback(lab.one.kill)  # what waits for it would be waited for
+            application.wait_waiting()
+            assert application.killed() == -signal.SIGKILL
+            assert (lab.one.mount / "write" / "file").read_text() == "as it was"

@@ -3,17 +3,20 @@
 import errno
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import trio
 
+from mirrorfs.core import ids
 from mirrorfs.kernel import protocol
 from mirrorfs.kernel.loop import KernelSession
 from mirrorfs.kernel.protocol import Opcode
 from mirrorfs.reactor import Reactor
 from mirrorfs.strand import in_task, interruptible
+from mirrorfs.table import Known
 
 
 class FileSystem:
@@ -84,3 +87,23 @@ async def test_an_interrupt_right_behind_its_request_is_not_lost(kernel: Kernel)
 async def test_an_interrupt_of_what_is_not_known_is_to_be_said_again(kernel: Kernel) -> None:
     await kernel.ask(Opcode.INTERRUPT, 11, protocol.INTERRUPT_IN.pack(10))
     assert await kernel.answer() == (11, errno.EAGAIN)
+
+
+@pytest.mark.parametrize("provisional", [False, True])
+def test_names_are_expired_one_by_one_unless_some_may_be_known_under_another_number(provisional: bool) -> None:
+    session = KernelSession(Reactor())
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    session._fuse = os.dup(here.fileno())
+    here.close()
+    known = [Known(number, stat.S_IFDIR) for number in (7, ids.PROVISIONAL | 8 if provisional else 8)]
+    for file in known:
+        file.lookups = 1
+    session._forget_all(known, [(known[0].id, [(9, b"below")]), (known[1].id, [(ids.ROOT, b"top")])])
+    session.close()
+    frames = list(iter(lambda: there.recv(200), b""))
+    there.close()
+    told = [protocol.OUT_HEADER.unpack_from(frame)[1] for frame in frames]
+    assert told == [protocol.Notify.INVALIDATE_ENTRY] * 2 + [protocol.Notify.INVALIDATE_INODE] * 2
+    names = [protocol.INVALIDATE_ENTRY.unpack_from(frame, protocol.OUT_HEADER.size) for frame in frames[:2]]
+    flags = 0 if provisional else protocol.EXPIRE_ONLY
+    assert names == [(ids.ROOT, 3, flags), (9, 5, flags)]
