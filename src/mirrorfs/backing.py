@@ -31,6 +31,8 @@ _FS_IMMUTABLE_FL: Final = 0x10
 _MNT_DETACH: Final = 2
 _AT_EMPTY_PATH: Final = 0x1000
 _HANDLE_BYTES: Final = 128
+_STATX_BYTES: Final = 256
+_STATX_ALL: Final = 0xFFF  # what stat(2) has, and the birth time
 _TIMEX_BYTES: Final = 512  # struct timex has 208
 _TIME_ERROR: Final = 5
 
@@ -62,6 +64,13 @@ def handle_of(descriptor: int) -> bytes:
 def open_handle(mount: int, handle: bytes, flags: int) -> int:
     """A descriptor for the file of `handle` on the file system of descriptor `mount`; ESTALE if the file is gone."""
     return _check(_slow_libc.open_by_handle_at(mount, ctypes.create_string_buffer(handle, len(handle)), flags | os.O_CLOEXEC))
+
+
+def statx(descriptor: int) -> bytes:
+    """statx(2) of an open file (O_PATH too): what stat(2) says and the birth time, as a struct statx."""
+    status = ctypes.create_string_buffer(_STATX_BYTES)
+    _check(_libc.statx(descriptor, b"", _AT_EMPTY_PATH, _STATX_ALL, status))
+    return status.raw
 
 
 def rename2(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Final
 
 import trio
@@ -29,7 +30,7 @@ from mirrorfs.measures import EVERY, Measures, Sample
 from mirrorfs.resync.full import Copier
 from mirrorfs.resync.quick import CatchUp
 from mirrorfs.settling import Settling
-from mirrorfs.strand import in_task
+from mirrorfs.strand import in_task, interruptible
 from mirrorfs.stream import Stream
 from mirrorfs.syncing import Syncs
 from mirrorfs.table import Known
@@ -90,7 +91,7 @@ class Changes:
         A file that was made stays known until the next `await` of the caller, who tells the kernel of it before that.
         `target` is the file that a change of data or attributes is for. Unless `only_if` holds at the moment at which it would
         be made, nothing is. Raises OSError as the backing store gives it (EOPNOTSUPP for a copy that the peer cannot make),
-        NotPrimaryError, or FrozenError after `freeze_timeout`.
+        NotPrimaryError, FrozenError after `freeze_timeout`, or InterruptedError if the caller gives up before it is made.
         """
         sample = self._measures.begin_change()
         change = contents.bounded(change)
@@ -283,7 +284,11 @@ class Changes:
                 self.stream.link.close(f"a change failed in the middle: {error.strerror}")
 
     async def sync(self, known: Known, data_only: bool) -> None:
-        """fsync on both nodes at once; OSError if this node's disk failed."""
+        """fsync on both nodes at once; OSError if this node's disk failed.
+
+        It may be given up in any freeze, also one that began meanwhile: it changes nothing, and an error only says that nobody
+        knows whether what was written before is durable.
+        """
         sample = self._measures.begin_sync()
         await self._admitted()
         stream, version = self.stream, known.version
@@ -309,7 +314,8 @@ class Changes:
             if stream is not None:
                 stream.forget_flush(sequence)
         if not sequence or stream is None or stream.broken:
-            await self._acknowledged(sequence if stream is self.stream else 0)  # numbers of another stream mean nothing
+            # Numbers of another stream mean nothing.
+            await self._acknowledged(sequence if stream is self.stream else 0, may_give_up=True)
         self._measures.end_sync(sample)
 
     def _send_sync(self, known: Known, data_only: bool, sample: Sample) -> int:
@@ -344,7 +350,7 @@ class Changes:
         return self.mode is Mode.MIRRORED or (self.mode is Mode.ALONE and self.copier is None)
 
     async def _admitted(self) -> None:
-        """Wait until a change may begin."""
+        """Wait until a change may begin: InterruptedError if who asked for it does not want to wait any more."""
         if self._is_open:
             return
         await in_task()
@@ -352,14 +358,18 @@ class Changes:
             if self.mode is Mode.ENDED:
                 raise NotPrimaryError("this node is not the primary any more")
             if self.mode is Mode.FROZEN:
-                await self._wait_for_change()
+                await self._wait_for_change(may_give_up=True)
             elif self.copier is not None and self.copier.stream.link.queued_bytes > _MAX_QUEUED_BYTES:
                 await trio.sleep(0.005)
             else:
                 return
 
-    async def _acknowledged(self, sequence: int) -> None:
-        """Wait until the change with this number may be acknowledged."""
+    async def _acknowledged(self, sequence: int, *, may_give_up: bool = False) -> None:
+        """Wait until the change with this number may be acknowledged.
+
+        Without `may_give_up` until then, or to the end of a freeze, whatever the caller would like: the change is made here and
+        the peer may have it, so EINTR, which says that nothing was done, would be a lie.
+        """
         stream = self.stream
         while True:
             if self.mode is Mode.MIRRORED:
@@ -369,7 +379,7 @@ class Changes:
                 if await stream.applied(sequence, answers=True):
                     return
                 if self.mode is Mode.MIRRORED:
-                    await self._wait_for_change()
+                    await self._wait_for_change(may_give_up=may_give_up)
             elif self.mode is Mode.ALONE:
                 if not self.keeper.wrote_alone:
                     await in_task()
@@ -379,13 +389,14 @@ class Changes:
             elif self.mode is Mode.ENDED:
                 raise NotPrimaryError("this node is not the primary any more")
             else:
-                await self._wait_for_change()
+                await self._wait_for_change(may_give_up=may_give_up)
 
-    async def _wait_for_change(self) -> None:
+    async def _wait_for_change(self, *, may_give_up: bool = False) -> None:
         changed = self._changed  # of this moment, and not of that at which the task begins
         await in_task()
         with trio.move_on_at(self._frozen_at + self._settings.freeze_timeout_s if self._frozen_at < math.inf else math.inf):
-            await changed.wait()
+            with interruptible() if may_give_up else nullcontext():
+                await changed.wait()
             return
         raise FrozenError(f"frozen for {self._settings.freeze_timeout_s:g} s (freeze_timeout): {self.loss}")
 

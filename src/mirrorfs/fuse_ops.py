@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import pyfuse3
 import trio
 
+from mirrorfs import backing
 from mirrorfs.answers import Answers, answered
 from mirrorfs.core import ids
 from mirrorfs.core import operations as ops
@@ -24,7 +25,7 @@ from mirrorfs.handles import Handle, Listing
 from mirrorfs.privileges import cleared_by, group_of_new, in_group, mode_of_new, without_special
 from mirrorfs.replication import Primary
 from mirrorfs.space import Space
-from mirrorfs.strand import in_task
+from mirrorfs.strand import done_in_part, in_task
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
 
@@ -210,6 +211,12 @@ class FuseOperations(pyfuse3.Operations):
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Any:
         return self._attributes(self._tree.table.get(inode), inode)
 
+    async def statx(self, inode: int) -> tuple[int, bytes, int]:
+        """statx(2) with the birth time, for the kernel session: the id, a struct statx, and how many seconds the kernel may
+        keep it."""
+        known = self._tree.table.get(inode)
+        return known.id, backing.statx(self._tree.table.descriptor(known)), self._timeout_s(inode)
+
     @answered
     async def setattr(
         self,
@@ -275,6 +282,7 @@ class FuseOperations(pyfuse3.Operations):
         status = self._tree.stat(known)
         if not status.st_mode & stat.S_ISGID or in_group(status.st_gid, ctx):
             return
+        done_in_part()
         await primary.change(ops.SetAttributes(known.id, mode=stat.S_IMODE(status.st_mode) & ~stat.S_ISGID), known)
 
     @answered
@@ -362,8 +370,10 @@ class FuseOperations(pyfuse3.Operations):
         written = await primary.write(known, off, buf)
         if handle.sync:
             # The kernel sends no FSYNC for asynchronous O_DIRECT writes.
+            done_in_part()
             await primary.sync(known, handle.data_sync)
         elif flags & os.O_DSYNC:  # asked for with this write (RWF_DSYNC)
+            done_in_part()
             await primary.sync(known, flags & os.O_SYNC != os.O_SYNC)
         return written
 
@@ -373,6 +383,7 @@ class FuseOperations(pyfuse3.Operations):
         primary = self._primary(handle)
         await primary.change(ops.Allocate(handle.known.id, mode, offset, size), handle.known)
         if handle.sync:
+            done_in_part()
             await primary.sync(handle.known, handle.data_sync)
 
     async def lseek(self, fh: int, offset: int, whence: int) -> int:
@@ -388,6 +399,7 @@ class FuseOperations(pyfuse3.Operations):
         change = ops.CopyRange(source.known.id, source_offset, handle.known.id, offset, size)
         copied: int = await primary.change(change, handle.known)
         if handle.sync:
+            done_in_part()
             await primary.sync(handle.known, handle.data_sync)
         return copied
 

@@ -6,21 +6,35 @@ run in a strand waits in two ways only: `pause`, which works in a task too, and,
 cancel scope, a worker thread), `in_task`, from which on the rest of the strand runs in a task of trio.
 
 Strands run in the trio thread, one at a time; what lies between two awaits is atomic, as it is between tasks.
+
+Who waits for a strand may have got a signal (`Strand.interrupt`). Whether that ends the wait is up to him, as
+`Strands.gives_up` says, and to what is waited in: only where giving up leaves nothing half done (`interruptible`).
 """
 
+import errno
+import os
 import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 import trio
 
 _PAUSE: Final = object()
 _TASK: Final = object()
+_KEPT: Final = object()
+
+#: How often somebody who has got a signal is looked at again: another one may follow, and nobody is told of that.
+_LOOK_S: Final = 0.25
 
 #: The strand that runs at this moment.
 _running: "Strand | None" = None
+#: In a task: the strand that it is the rest of.
+_rest: ContextVar["Strand | None"] = ContextVar("_rest", default=None)
 
 
 class Strands:
@@ -30,12 +44,22 @@ class Strands:
     def __init__(self, woken: Callable[[], None]) -> None:
         self.ready: deque[Strand] = deque()
         self.nursery: trio.Nursery | None = None
+        #: Whether a caller who has got a signal waits for nothing any more.
+        self.gives_up: Callable[[int], bool] = lambda caller: True
         self._paused: set[Strand] = set()
+        self._in_tasks: set[Strand] = set()
         self._woken = woken
 
-    def start(self, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any, BaseException | None], None]) -> None:
-        """Run a coroutine as far as it gets now; `done` is given its result, or what it raised."""
-        Strand(self, coroutine, done).run()
+    def start(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        done: Callable[[Any, BaseException | None], None],
+        key: int = 0,
+        caller: int = 0,
+    ) -> None:
+        """Run a coroutine as far as it gets now; `done` is given its result, or what it raised. Until then `find` knows it by
+        its key, unless that is 0; `caller` is who waits for it, for `gives_up`."""
+        Strand(self, coroutine, done, key, caller).run()
 
     def run_ready(self) -> bool:
         """Run those that can go on; False if there are none."""
@@ -59,7 +83,16 @@ class Strands:
     def move(self, strand: "Strand") -> None:
         """The rest of it runs in a task."""
         assert self.nursery is not None
+        self._in_tasks.add(strand)
         self.nursery.start_soon(strand.run_in_task)
+
+    def has_ended(self, strand: "Strand") -> None:
+        """The task of one that was moved is at its end."""
+        self._in_tasks.discard(strand)
+
+    def find(self, key: int) -> "Strand | None":
+        """The one with this key, if it has not ended. It is looked for one by one: nothing is kept for it while strands run."""
+        return next((strand for strand in chain(self._in_tasks, self._paused, self.ready) if strand.key == key), None)
 
     def end(self) -> None:
         """Nothing will wake them any more: give up what still waits. Nobody is told."""
@@ -72,14 +105,24 @@ class Strands:
 class Strand:
     """One coroutine that is run by hand."""
 
-    __slots__ = ("_coroutine", "_done", "_strands")
+    __slots__ = ("_caller", "_coroutine", "_done", "_interrupted", "_strands", "_waits_in", "key")
 
     def __init__(
-        self, strands: Strands, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any, BaseException | None], None]
+        self,
+        strands: Strands,
+        coroutine: Coroutine[Any, Any, Any],
+        done: Callable[[Any, BaseException | None], None],
+        key: int,
+        caller: int,
     ) -> None:
         self._strands = strands
         self._coroutine = coroutine
         self._done = done
+        self.key = key
+        self._caller = caller
+        self._interrupted = False
+        #: The scope of what may be given up at this moment, or that nothing may any more.
+        self._waits_in: object = None
 
     def run(self) -> None:
         """Run it as far as it gets."""
@@ -111,6 +154,7 @@ class Strand:
 
     async def run_in_task(self) -> None:
         """Run the rest of it, as a part of the present task."""
+        _rest.set(self)
         try:
             result = await _rest_of(self._coroutine)
         except trio.Cancelled:
@@ -119,6 +163,51 @@ class Strand:
             self._done(None, error)
         else:
             self._done(result, None)
+        finally:
+            self._strands.has_ended(self)
+
+    def interrupt(self) -> None:
+        """Whoever it is for has got a signal: if he gives up, so does it what it is `interruptible` in, now or later."""
+        self._interrupted = True
+        if isinstance(self._waits_in, trio.CancelScope):
+            self._give_up(self._waits_in)
+
+    def _give_up(self, scope: trio.CancelScope) -> None:
+        """End the wait as soon as the caller does not wait for it."""
+        if self._strands.gives_up(self._caller):
+            scope.cancel()
+        else:
+            assert self._strands.nursery is not None
+            self._strands.nursery.start_soon(self._give_up_later, scope)
+
+    async def _give_up_later(self, scope: trio.CancelScope) -> None:
+        await trio.sleep(_LOOK_S)
+        while self._waits_in is scope:
+            if self._strands.gives_up(self._caller):
+                scope.cancel()
+                return
+            await trio.sleep(_LOOK_S)
+
+    def keep(self) -> None:
+        """It is not given up any more."""
+        self._waits_in = _KEPT
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """As the function of that name."""
+        if self._waits_in is _KEPT:
+            yield
+            return
+        with trio.CancelScope() as scope:
+            self._waits_in = scope
+            if self._interrupted:
+                self._give_up(scope)
+            try:
+                yield
+            finally:
+                self._waits_in = None
+        if scope.cancelled_caught:
+            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
 
     def end(self) -> None:
         """Give it up."""
@@ -149,6 +238,25 @@ async def in_task() -> None:
     """From here on this runs in a task of trio, and may use all that trio has."""
     if _running is not None:
         await _trap(_TASK)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In a task: what is waited for in here may be given up, since nothing has been done yet. InterruptedError if whoever it is
+    for gives up, now or before. What was never a strand is waited for by nobody who could say so."""
+    strand = _rest.get()
+    if strand is None:
+        yield
+    else:
+        with strand.interruptible():
+            yield
+
+
+def done_in_part() -> None:
+    """A part of what was asked for has been done: from here on the rest is waited for, `interruptible` or not."""
+    strand = _running or _rest.get()
+    if strand is not None:
+        strand.keep()
 
 
 def is_strand() -> bool:

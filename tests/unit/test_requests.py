@@ -22,6 +22,8 @@ SIZES = {
     "GETXATTR_OUT": 8,
     "LSEEK_OUT": 8,
     "STATFS_OUT": 80,
+    "STATX_HEAD": 32,
+    "STATX": 256,
     "DIRENT": 24,
     "SETATTR_IN": 88,
     "MKNOD_IN": 16,

@@ -1,12 +1,13 @@
 """Coroutines by hand: they run at once as far as they get, wait without trio, and go into a task for what is trio's."""
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 
-from mirrorfs.strand import Strands, in_task, is_strand, pause, waker
+from mirrorfs.strand import Strands, done_in_part, in_task, interruptible, is_strand, pause, waker
 
 
 class Outcome:
@@ -170,3 +171,132 @@ async def test_a_strand_that_uses_trio_outside_of_a_task_is_a_defect(strands: St
 
     with pytest.raises(AssertionError, match="outside of a task"):
         strands.start(sleep(), Outcome())
+
+
+# ---- interrupted
+
+
+KEY = 7
+
+
+async def _wait_interruptibly(begun: trio.Event, first: Gate | None = None) -> None:
+    if first is not None:
+        await first.wait()
+    await in_task()
+    begun.set()
+    with interruptible():
+        await trio.sleep_forever()
+
+
+def _interrupt(strands: Strands) -> None:
+    strand = strands.find(KEY)
+    assert strand is not None
+    strand.interrupt()
+
+
+def _is_interrupted(outcome: Outcome) -> bool:
+    [(_, error)] = outcome.results
+    return isinstance(error, InterruptedError) and error.errno == errno.EINTR
+
+
+async def test_what_waits_and_may_be_given_up_ends_when_it_is_interrupted(strands: Strands) -> None:
+    outcome, begun = Outcome(), trio.Event()
+    async with trio.open_nursery() as strands.nursery:
+        strands.start(_wait_interruptibly(begun), outcome, KEY)
+        await begun.wait()
+        _interrupt(strands)
+    assert _is_interrupted(outcome)
+    assert strands.find(KEY) is None
+
+
+async def test_an_interrupt_counts_that_comes_before_the_wait_that_may_be_given_up(strands: Strands) -> None:
+    outcome, begun, gate = Outcome(), trio.Event(), Gate()
+    async with trio.open_nursery() as strands.nursery:
+        strands.start(_wait_interruptibly(begun, gate), outcome, KEY)
+        _interrupt(strands)  # it is paused
+        gate.open()
+        _interrupt(strands)  # it can go on
+        strands.run_ready()
+        _interrupt(strands)  # its task has not begun
+    assert begun.is_set()
+    assert _is_interrupted(outcome)
+
+
+async def test_who_goes_on_waiting_after_a_signal_may_give_up_later(
+    strands: Strands, autojump_clock: trio.testing.MockClock
+) -> None:
+    outcome, begun, asked, dying = Outcome(), trio.Event(), list[int](), False
+
+    def gives_up(caller: int) -> bool:
+        asked.append(caller)
+        return dying
+
+    strands.gives_up = gives_up
+    async with trio.open_nursery() as strands.nursery:
+        strands.start(_wait_interruptibly(begun), outcome, KEY, 4711)
+        await begun.wait()
+        await trio.sleep(10)
+        assert asked == [], "nobody is asked for before there was a signal"
+        _interrupt(strands)
+        await trio.sleep(10)
+        assert outcome.results == []
+        dying = True
+    assert set(asked) == {4711}
+    assert _is_interrupted(outcome)
+
+
+@pytest.mark.parametrize("moment", ["before it", "after it", "in the wait"])
+async def test_what_is_done_in_part_is_not_given_up(
+    strands: Strands, moment: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    outcome, begun, gate = Outcome(), trio.Event(), Gate()
+
+    async def wait() -> None:
+        await gate.wait()
+        done_in_part()
+        await gate.wait()
+        await _wait_interruptibly(begun)
+
+    async with trio.open_nursery() as nursery:
+        strands.nursery = nursery
+        strands.start(wait(), outcome, KEY)
+        for now in ("before it", "after it"):
+            if moment == now:
+                _interrupt(strands)
+            gate.open()
+            strands.run_ready()
+        await begun.wait()
+        if moment == "in the wait":
+            _interrupt(strands)
+        await trio.sleep(3600)
+        assert outcome.results == []
+        nursery.cancel_scope.cancel()
+    assert strands.find(KEY) is None
+
+
+async def test_what_is_not_interruptible_goes_on_and_the_next_wait_is_given_up(strands: Strands) -> None:
+    outcome, begun, event, steps = Outcome(), trio.Event(), trio.Event(), []
+
+    async def wait() -> None:
+        await in_task()
+        begun.set()
+        await event.wait()
+        steps.append("not given up")
+        with interruptible():
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as strands.nursery:
+        strands.start(wait(), outcome, KEY)
+        await begun.wait()
+        _interrupt(strands)
+        await trio.testing.wait_all_tasks_blocked()
+        assert outcome.results == []
+        event.set()
+    assert steps == ["not given up"]
+    assert _is_interrupted(outcome)
+
+
+async def test_in_a_task_that_was_no_strand_nobody_interrupts() -> None:
+    done_in_part()
+    with interruptible():
+        await trio.lowlevel.checkpoint()

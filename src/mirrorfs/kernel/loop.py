@@ -7,7 +7,9 @@ enough, and a write goes from it to the file and to the peer.
 import errno
 import logging
 import os
+import signal
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,6 +72,7 @@ class KernelSession:
         self._kernel_answers = KernelAnswers()
         self.answers: Answers = self._kernel_answers
         self._reactor = reactor
+        reactor.strands.gives_up = is_dying
         self._fuse = -1
         self._fs: FuseOperations
         self._buffer = bytearray(_BUFFER_SIZE)
@@ -140,14 +143,13 @@ class KernelSession:
             log.exception("a request of the kernel (%d) that makes no sense", opcode)
             self._refuse(unique, errno.EIO)
             return
+        self._reactor.strands.start(coroutine, partial(self._done, unique, opcode), unique, pid)
 
-        def done(result: Any, error: BaseException | None) -> None:
-            if error is None:
-                self._answer(unique, result)
-            else:
-                self._refuse(unique, errno_of(error, Opcode(opcode).name.lower()))
-
-        self._reactor.strands.start(coroutine, done)
+    def _done(self, unique: int, opcode: int, result: Any, error: BaseException | None) -> None:
+        if error is None:
+            self._answer(unique, result)
+        else:
+            self._refuse(unique, errno_of(error, Opcode(opcode).name.lower()))
 
     def _answer(self, unique: int, payload: bytes | memoryview) -> None:
         try:
@@ -174,13 +176,27 @@ class KernelSession:
                 start = protocol.BATCH_FORGET_IN.size
                 self._fs.forgotten(protocol.FORGET_ONE.iter_unpack(body[start : start + count * protocol.FORGET_ONE.size]))
             case Opcode.INTERRUPT:
-                pass  # a change that has begun is not taken back; one that waits in a freeze ends with the freeze
+                self._interrupt(unique, *protocol.INTERRUPT_IN.unpack_from(body))
             case Opcode.INIT:
                 self._init(unique, body)
             case Opcode.DESTROY:
                 self._answer(unique, b"")
             case _:
                 self._refuse(unique, errno.ENOSYS)
+
+    def _interrupt(self, unique: int, asked: int) -> None:
+        """Who waits for the answer to the request `asked` has got a signal, and if that is to end him, ends only with it. If
+        not, he goes on waiting: no file system of a disk answers a write with EINTR, and no application expects it.
+
+        Whether it may be given up is for the request to know. Nobody else reads /dev/fuse, so a request is known here before
+        it can be interrupted. One that is not has been answered, and then the kernel has no use for EAGAIN; where it has, it
+        will say so again.
+        """
+        strand = self._reactor.strands.find(asked)
+        if strand is None:
+            self._refuse(unique, errno.EAGAIN)
+        else:
+            strand.interrupt()
 
     def _init(self, unique: int, body: memoryview) -> None:
         major, minor, readahead, offered = protocol.INIT_IN.unpack_from(body)
@@ -223,14 +239,17 @@ class KernelSession:
 
     def _forget_all(self, files: list[Known], cached: list[tuple[int, list[tuple[int, bytes]]]]) -> None:
         if not self._kernel_answers.can_forget_nothing or not self._tell(Notify.INCREASE_EPOCH, b""):
-            # The names in the root first: with each, the kernel drops all that it knows below it.
+            # Expired, a name loses neither what is mounted below it nor who works there. But of a directory that the kernel
+            # has by a provisional number, it may have names that are noted under the real one: they go with all above.
+            provisional = any(ids.is_provisional(number) for number, _ in cached)
+            flags = 0 if provisional else protocol.EXPIRE_ONLY
+            # The names in the root first: with each that is dropped, the kernel drops all that it knows below it.
             for of_root in (True, False):
                 for _, names in cached:
                     for parent, name in names:
                         if (parent == ids.ROOT) is of_root:
-                            self._tell(
-                                Notify.INVALIDATE_ENTRY, protocol.INVALIDATE_ENTRY.pack(parent, len(name), 0) + name + b"\0"
-                            )
+                            entry = protocol.INVALIDATE_ENTRY.pack(parent, len(name), flags)
+                            self._tell(Notify.INVALIDATE_ENTRY, entry + name + b"\0")
         for known in files:
             if known.lookups:
                 self._tell(Notify.INVALIDATE_INODE, protocol.INVALIDATE_INODE.pack(known.id, 0, 0))
@@ -242,6 +261,20 @@ class KernelSession:
         except OSError:
             return False
         return True
+
+
+def is_dying(thread: int) -> bool:
+    """Whether a signal is about to end this thread: then SIGKILL is pending for it, whichever signal it was. False for one that
+    is not known here, as 0, which stands for one of another namespace of process ids."""
+    try:
+        status = Path(f"/proc/{thread}/status").read_text()
+    except OSError:
+        return False
+    return any(
+        int(line.split()[1], 16) & 1 << (signal.SIGKILL - 1)
+        for line in status.splitlines()
+        if line.startswith(("SigPnd:", "ShdPnd:"))
+    )
 
 
 _invalidating: Final = trio.CapacityLimiter(2)

@@ -54,6 +54,7 @@ class Opcode(IntEnum):
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
+    STATX = 52
 
 
 class Notify(IntEnum):
@@ -105,6 +106,9 @@ class Open(IntFlag):
 
 
 FSYNC_DATA_ONLY: Final = 1
+#: Of INVALIDATE_ENTRY: the name is looked up again before it is used, and nothing below it is dropped. Before Linux 6.2 it
+#: counts for nothing, and the name is dropped with all below it.
+EXPIRE_ONLY: Final = 1
 
 # Requests, after the header. Names follow, each with a zero byte at its end.
 INIT_IN: Final = Struct("<IIII")  # major, minor, max_readahead, flags; flags2 follows in longer ones
@@ -141,6 +145,11 @@ ATTR: Final = Struct("<QQQQQQIIIIIIIIII")
 ENTRY_HEAD: Final = Struct("<QQQQII")
 #: seconds for which they hold, their nanoseconds; ATTR follows
 ATTR_HEAD: Final = Struct("<QII")
+#: seconds for which it holds, their nanoseconds; STATX follows
+STATX_HEAD: Final = Struct("<QII16x")
+#: As statx(2), without attributes and what comes after the device number: mask, blksize, nlink, uid, gid, mode, ino, size,
+#: blocks, the four times, major and minor of rdev
+STATX: Final = Struct("<II8xIIIH2xQQQ8x64sII120x")
 OPEN_OUT: Final = Struct("<QII")  # handle, flags
 WRITE_OUT: Final = Struct("<II")  # size
 GETXATTR_OUT: Final = Struct("<II")  # size

@@ -228,6 +228,17 @@ def _getattr(fs: "FuseOperations", node: int, body: memoryview, caller: Caller) 
     return _raw(fs.getattr)(fs, node, caller)
 
 
+async def _with_birth(call: Coroutine[Any, Any, tuple[int, bytes, int]]) -> bytes:
+    number, status, timeout_s = await call
+    mask, blksize, nlink, uid, gid, mode, _, *rest = protocol.STATX.unpack(status)
+    found = protocol.STATX.pack(mask, blksize, nlink, uid, gid, mode, number, *rest)
+    return protocol.STATX_HEAD.pack(timeout_s, 0, 0) + found
+
+
+def _statx(fs: "FuseOperations", node: int, body: memoryview, caller: Caller) -> Serving:
+    return _with_birth(fs.statx(node))
+
+
 def _setattr(fs: "FuseOperations", node: int, body: memoryview, caller: Caller) -> Serving:
     valid, _, fh, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = protocol.SETATTR_IN.unpack_from(body)
     now = fs.now_ns() if valid & (SetAttr.ATIME_NOW | SetAttr.MTIME_NOW) else 0
@@ -424,4 +435,5 @@ TABLE: Final[dict[int, Call]] = {
     Opcode.RENAME2: _rename2,
     Opcode.LSEEK: _lseek,
     Opcode.COPY_FILE_RANGE: _copy_file_range,
+    Opcode.STATX: _statx,
 }
