@@ -263,6 +263,7 @@ class World:
         visitor: Any,
         *,
         peer: str,
+        is_connected: Callable[[], bool],
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         process = running.get()
