@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import trio
@@ -32,6 +33,8 @@ class _Node(NodePort):
         self._names = config.node.name, config.peer.name
         self._controller = controller
         self._mount = mount
+        # Each question takes a thread, and one to a mount that hangs keeps it: the controller needs some itself.
+        self._asking = trio.CapacityLimiter(4)
 
     def see(self) -> Seen:
         condition = self._mount.condition.name.lower()
@@ -39,7 +42,8 @@ class _Node(NodePort):
         return Seen(time.time(), *self._names, condition, status, self._controller.describe())
 
     async def ask(self, command: str, timeout_s: float = 60, **arguments: Any) -> dict[str, Any]:
-        return await self._mount.ask(command, timeout_s, **arguments)
+        async with self._asking:
+            return await self._mount.ask(command, timeout_s, **arguments)
 
     async def command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return await self._controller.on_command(command, arguments)
@@ -57,13 +61,23 @@ def run(config: Config) -> None:
     state = config.node.state_dir.resolve()
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     if config.console.enabled:
-        # Now, and not when the loop runs: it takes half a second, in which no heartbeat would go out.
-        import mirrorfs.console.server  # noqa: F401
+        _load_console()
     lock = backing.lock_file(state / "controller.lock", f"{state}: another mirrorfs controller uses it: stop it first")
     try:
         trio.run(_run, config, key)
     finally:
         os.close(lock)
+
+
+def _load_console() -> Callable[[Config, NodePort], Awaitable[None]] | None:
+    """What serves the console; None if its libraries cannot be loaded, and then there is none. First before the loop runs: it
+    takes half a second, in which no heartbeat would go out."""
+    try:
+        from mirrorfs.console.server import serve
+    except Exception:
+        log.exception("no console: its libraries cannot be loaded")
+        return None
+    return serve
 
 
 async def _run(config: Config, key: bytes) -> None:
@@ -87,10 +101,8 @@ async def _run(config: Config, key: bytes) -> None:
         log.info("the controller of %s runs", config.node.name, extra={"event": "controller-ready"})
         systemd.notify("READY=1")
         nursery.start_soon(systemd.show_life)
-        if config.console.enabled:
-            from mirrorfs.console import server
-
-            nursery.start_soon(server.serve, config, _Node(config, controller, mount))
+        if config.console.enabled and (serve := _load_console()) is not None:
+            nursery.start_soon(serve, config, _Node(config, controller, mount))
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             async for _ in signals:
                 break

@@ -347,25 +347,29 @@ class Controller:
             raise RefusedError("the other node cannot take over now: look at `mirrorfs status` on both")
         began, self._give = trio.current_time(), True
         self.wake()
-        with trio.move_on_after(self._limits.ask_s):
-            while self._peer.posture is not Posture.SERVING or self.posture is not Posture.IDLE:
-                if not self._give and self.posture in (Posture.SERVING, Posture.STARTING):
-                    raise MirrorfsError(f"not given: {self.application.trouble or self.reason}")
-                await self._news.wait()
-            return f"the other node serves, after {trio.current_time() - began:.1f} s"
-        self._give = False  # not by surprise, when the other node is able again
+        try:
+            with trio.move_on_after(self._limits.ask_s):
+                while self._peer.posture is not Posture.SERVING or self.posture is not Posture.IDLE:
+                    if not self._give and self.posture in (Posture.SERVING, Posture.STARTING):
+                        raise MirrorfsError(f"not given: {self.application.trouble or self.reason}")
+                    await self._news.wait()
+                return f"the other node serves, after {trio.current_time() - began:.1f} s"
+        finally:
+            self._give = False  # not by surprise, when the other node is able again, or when nobody waits for it any more
         raise MirrorfsError(f"the other node does not serve after {self._limits.ask_s:g} s: look at `mirrorfs status` there")
 
     async def _take_it(self) -> str:
         began, self._take = trio.current_time(), True
         self.wake()
-        with trio.move_on_after(self._limits.ask_s):
-            while self.posture is not Posture.SERVING:
-                await self._news.wait()
-                if not self._take and self.posture in (Posture.IDLE, Posture.HELD):
-                    raise MirrorfsError(f"not taken over: {self._peer.refuses or self.application.trouble or self.reason}")
-            return f"{self.config.node.name} serves, after {trio.current_time() - began:.1f} s"
-        self._take = False
+        try:
+            with trio.move_on_after(self._limits.ask_s):
+                while self.posture is not Posture.SERVING:
+                    await self._news.wait()
+                    if not self._take and self.posture in (Posture.IDLE, Posture.HELD):
+                        raise MirrorfsError(f"not taken over: {self._peer.refuses or self.application.trouble or self.reason}")
+                return f"{self.config.node.name} serves, after {trio.current_time() - began:.1f} s"
+        finally:
+            self._take = False
         raise MirrorfsError(f"the other node did not give it within {self._limits.ask_s:g} s: look at its `mirrorfs status`")
 
     def maintain(self, *, on: bool) -> str:

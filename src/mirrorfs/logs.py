@@ -117,10 +117,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class JournalHandler(logging.Handler):
-    """Sends records to the journal, the fields with the prefix MIRRORFS_; what cannot be sent goes to stderr.
+    """Sends records to the journal, the fields with the prefix MIRRORFS_.
 
-    It never waits: a node that waits for its log would be lost for the other one. What the journal has no room for is counted,
-    and the next line that it takes says how many are missing.
+    It never waits and never raises: a node that waits for its log, or ends with it, would be lost for the other one. What the
+    journal does not take is counted, and the next line that it takes says how many are missing. Stderr is no way out, since
+    it leads to the same journal.
     """
 
     def __init__(self, context: Mapping[str, str], address: str = _JOURNAL) -> None:
@@ -137,12 +138,8 @@ class JournalHandler(logging.Handler):
         try:
             self._socket.sendto(self.datagram(record), self._address)
             self._left_out = 0
-        except BlockingIOError:
-            self._left_out += 1
-        except OSError:
-            print(self._plain.format(record), file=sys.stderr, flush=True)
         except Exception:
-            self.handleError(record)
+            self._left_out += 1
 
     def close(self) -> None:
         """Give the socket back."""

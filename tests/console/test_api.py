@@ -137,13 +137,26 @@ def test_after_a_log_out_the_cookie_is_worth_nothing(operator: httpx.Client) -> 
     assert operator.get(f"{API}/picture").status_code == 401
 
 
-def test_a_user_that_is_removed_is_out_at_once(clients: Callable[[], httpx.Client], site: Cluster) -> None:
-    users = Users(site.lab.one.keys)
-    users.add("gone", PASSWORD, Role.VIEW)
+def add(site: Cluster, name: str, password: str = PASSWORD) -> None:
+    Users(site.lab.one.keys).add(name, password, Role.VIEW)
+
+
+def comes_in(clients: Callable[[], httpx.Client], name: str, password: str = PASSWORD) -> httpx.Client:
+    """A client who is logged in: the console sees within a second who is new."""
     client = clients()
-    assert log_in(client, "gone").status_code == 200
-    users.remove("gone")
-    assert client.get(f"{API}/picture").status_code == 401
+    wait_for(lambda: log_in(client, name, password).status_code == 200, f"{name} comes in")
+    return client
+
+
+def test_a_user_that_is_removed_or_has_a_new_password_is_out(clients: Callable[[], httpx.Client], site: Cluster) -> None:
+    for name in ("gone", "changed"):
+        add(site, name)
+    inside = {name: comes_in(clients, name) for name in ("gone", "changed")}
+    Users(site.lab.one.keys).remove("gone")
+    add(site, "changed", "another password")
+    for name, client in inside.items():
+        wait_for(lambda client=client: client.get(f"{API}/picture").status_code == 401, f"{name} is out")  # type: ignore[misc]
+    comes_in(clients, "changed", "another password")
 
 
 def test_a_token_lets_a_program_in(clients: Callable[[], httpx.Client], site: Cluster) -> None:
@@ -152,7 +165,7 @@ def test_a_token_lets_a_program_in(clients: Callable[[], httpx.Client], site: Cl
     client = clients()
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
-    assert client.get("/metrics", headers=headers).status_code == 200
+    wait_for(lambda: client.get("/metrics", headers=headers).status_code == 200, "the token is known")
     assert client.post(f"{API}/verify", headers=headers).status_code == 403, "its role is to look"
 
 
@@ -169,7 +182,9 @@ def test_what_prometheus_gets_passes_promtool(clients: Callable[[], httpx.Client
 
 def test_the_rules_and_the_dashboard_name_metrics_that_there_are(clients: Callable[[], httpx.Client], site: Cluster) -> None:
     headers = {"Authorization": f"Bearer {Users(site.lab.one.keys).add_token('names', Role.VIEW)}"}
-    known = set(re.findall(r"^(mirrorfs_[a-z_]+)", clients().get("/metrics", headers=headers).text, re.MULTILINE))
+    client = clients()
+    wait_for(lambda: client.get("/metrics", headers=headers).status_code == 200, "the token is known")
+    known = set(re.findall(r"^(mirrorfs_[a-z_]+)", client.get("/metrics", headers=headers).text, re.MULTILINE))
     known |= {"mirrorfs_resync_done_bytes", "mirrorfs_resync_size_bytes", "mirrorfs_verify_differences"}  # not always there
     known |= {"mirrorfs_verify_last_ended_timestamp_seconds"}
     directory = Path(__file__).parents[2] / "packaging" / "monitoring"
@@ -269,9 +284,30 @@ def test_a_thousand_silent_connections_do_not_disturb_the_controller(
     finally:
         flood.communicate("")
 
-    def comes_in() -> bool:
+    def lets_in() -> bool:
         with contextlib.suppress(httpx.TransportError):
             return log_in(clients(), VIEWER).status_code == 200
         return False
 
-    wait_for(comes_in, "people come in")
+    wait_for(lets_in, "people come in")
+
+
+def test_a_request_that_breaks_off_and_a_name_that_is_no_text_are_no_failures(
+    clients: Callable[[], httpx.Client], site: Cluster
+) -> None:
+    refused = clients().post(
+        f"{API}/session", content=b'{"user": "\\ud800", "password": "\\ud800"}', headers={"content-type": "application/json"}
+    )
+    assert refused.status_code == 401
+    trusting = ssl.create_default_context(cafile=site.lab.one.keys / "console.pem")
+    with (
+        way_to(site.lab.one, 7790) as port,
+        socket.create_connection(("localhost", port)) as plain,
+        trusting.wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        half = (
+            b"POST /api/v1/session HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"
+        )
+        secured.sendall(half)
+    assert clients().get("/openapi.json").status_code == 200
+    assert "Traceback" not in site.log("one").read_text()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mirrorfs.console.certificate import own_certificate
-from mirrorfs.console.gate import IDLE_S, LONGEST_S, Sessions, Throttle
+from mirrorfs.console.gate import IDLE_S, LONGEST_S, Sessions, Throttle, who_is_throttled
 from mirrorfs.console.lines import Lines
 from mirrorfs.console.picture import Seen, changes, picture, protection
 from mirrorfs.console.roles import Role
@@ -167,14 +167,26 @@ def test_the_file_of_users_is_for_root_only_and_has_no_password(tmp_path: Path) 
     assert users.of_token("another") is None
 
 
-def test_a_removal_by_another_process_counts_at_once(tmp_path: Path) -> None:
+def test_a_removal_by_another_process_counts(tmp_path: Path) -> None:
     served, told = Users(tmp_path), Users(tmp_path)
     told.add("otto", "correct horse", Role.VIEW)
-    assert served.role_of("otto") is Role.VIEW
+    served.refresh()
+    proof = served.proof_of("otto")
+    assert served.role_of("otto", proof) is Role.VIEW
     told.remove("otto")
-    assert served.role_of("otto") is None
+    served.refresh()
+    assert served.role_of("otto", proof) is None
     with pytest.raises(UsageError, match="no such user"):
         told.remove("otto")
+
+
+def test_a_new_password_ends_what_began_with_the_old_one(tmp_path: Path) -> None:
+    users = Users(tmp_path)
+    users.add("otto", "correct horse", Role.VIEW)
+    proof = users.proof_of("otto")
+    users.add("otto", "another horse", Role.OPERATE)
+    assert users.role_of("otto", proof) is None
+    assert users.role_of("otto", users.proof_of("otto")) is Role.OPERATE
 
 
 @pytest.mark.parametrize(
@@ -190,7 +202,8 @@ def test_a_damaged_file_lets_nobody_in(tmp_path: Path, content: str) -> None:
     users = Users(tmp_path)
     users.file.write_text(content)
     with pytest.raises(MirrorfsError, match="cannot be read"):
-        users.check("otto", "correct horse")
+        users.refresh()
+    assert users.check("otto", "correct horse") is None
 
 
 # ---- sessions and tries
@@ -198,10 +211,10 @@ def test_a_damaged_file_lets_nobody_in(tmp_path: Path, content: str) -> None:
 
 def test_a_session_ends_when_nobody_uses_it_and_after_half_a_day_in_any_case() -> None:
     sessions = Sessions()
-    idle = sessions.begin("otto", 0.0)
+    idle = sessions.begin("otto", "", 0.0)
     assert sessions.find(idle.token, IDLE_S - 1) is idle
     assert sessions.find(idle.token, 2 * IDLE_S) is None
-    busy = sessions.begin("otto", 0.0)
+    busy = sessions.begin("otto", "", 0.0)
     now = 0.0
     while now < LONGEST_S:
         assert sessions.find(busy.token, now) is busy
@@ -211,7 +224,7 @@ def test_a_session_ends_when_nobody_uses_it_and_after_half_a_day_in_any_case() -
 
 def test_watching_does_not_keep_a_session_alive() -> None:
     sessions = Sessions()
-    session = sessions.begin("otto", 0.0)
+    session = sessions.begin("otto", "", 0.0)
     for now in range(0, int(IDLE_S), 60):
         assert sessions.find(session.token, float(now), touch=False) is session
     assert sessions.find(session.token, IDLE_S + 1, touch=False) is None
@@ -229,13 +242,31 @@ def test_each_failure_doubles_the_wait_of_that_address_only() -> None:
     assert waits[:4] == [1, 2, 4, 8]
     assert max(waits) == 900
     assert throttle.wait_s("b", 0.0) == 0
-    throttle.succeeded("a")
+    throttle.succeeded("a", 0.0)
     assert throttle.wait_s("a", 0.0) == 0
+
+
+def test_ones_own_login_does_not_buy_more_guesses_of_anothers() -> None:
+    throttle, now, guesses = Throttle(), 0.0, 0
+    while now < 600:
+        if throttle.wait_s("a", now) == 0:
+            throttle.failed("a", now)
+            guesses += 1
+            if guesses % 4 == 0:
+                throttle.failed("a", now)
+                throttle.succeeded("a", now)
+        now += 0.1
+    assert guesses < 20
+
+
+def test_a_network_of_ipv6_is_one_who_tries() -> None:
+    assert who_is_throttled("2001:db8::1") == who_is_throttled("2001:db8::ffff:1") != who_is_throttled("2001:db8:0:1::1")
+    assert who_is_throttled("10.0.0.1") != who_is_throttled("10.0.0.2")
 
 
 def test_a_session_is_not_guessed_from_another() -> None:
     sessions = Sessions()
-    made = [sessions.begin("otto", 0.0) for _ in range(50)]
+    made = [sessions.begin("otto", "", 0.0) for _ in range(50)]
     assert len({each.token for each in made} | {each.csrf for each in made}) == 100
 
 
@@ -249,6 +280,13 @@ def test_lines_come_back_also_after_they_were_too_many(tmp_path: Path) -> None:
     assert [entry["number"] for entry in lines.last(15)] == list(range(15, 30))
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1_200_000
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}
+
+
+def test_what_a_stranger_says_is_one_line_and_comes_back(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "refused.jsonl")
+    for text in ("a\u2028b", "a\u0085{}\u0085b", "\ud800", "a\nb"):
+        lines.add({"user": text})
+    assert [entry["user"] for entry in lines.last(10)] == ["a\u2028b", "a\u0085{}\u0085b", "\ud800", "a\nb"]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

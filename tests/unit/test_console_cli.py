@@ -26,7 +26,9 @@ def console(keys: Path, *arguments: str, said: str = "") -> subprocess.Completed
 def test_a_user_is_made_listed_and_removed(keys: Path) -> None:
     made = console(keys, "user", "otto", "--role", "operate", "--stdin", said="correct horse\n")
     assert (made.returncode, made.stdout) == (0, "otto may operate on the console of one\n")
-    assert Users(keys).check("otto", "correct horse") is Role.OPERATE
+    users = Users(keys)
+    users.refresh()
+    assert users.check("otto", "correct horse") is Role.OPERATE
     assert json.loads(console(keys, "list", "--json").stdout) == [{"name": "otto", "kind": "user", "role": "operate"}]
     assert console(keys, "remove", "otto").returncode == 0
     assert console(keys, "list").stdout == "nobody: mirrorfs console user NAME --role operate\n"
@@ -34,7 +36,9 @@ def test_a_user_is_made_listed_and_removed(keys: Path) -> None:
 
 def test_a_token_is_shown_once(keys: Path) -> None:
     token = console(keys, "token", "prometheus").stdout.strip()
-    assert Users(keys).of_token(token) == ("prometheus", Role.VIEW)
+    users = Users(keys)
+    users.refresh()
+    assert users.of_token(token) == ("prometheus", Role.VIEW)
     assert token not in console(keys, "list").stdout
 
 

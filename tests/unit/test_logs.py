@@ -122,11 +122,20 @@ def test_a_journal_that_takes_nothing_holds_nobody_up_and_is_told_of_it(journal:
     assert _entries(journal.recv(1 << 16))["MESSAGE"] == "and one more"
 
 
-def test_a_line_without_a_journal_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    handler = logs.JournalHandler(CONTEXT, str(tmp_path / "nobody"))
-    handler.handle(_record())
+def test_lines_without_a_journal_are_counted_and_raise_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as broken:
+        monkeypatch.setattr("sys.stderr", broken)
+        handler = logs.JournalHandler(CONTEXT, str(tmp_path / "journal"))
+        for _ in range(2):
+            handler.handle(_record())
+        monkeypatch.undo()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        handler.handle(_record())
+        assert b"(2 lines before this one are missing" in journal.recv(65536)
     handler.close()
-    assert capsys.readouterr().err == "<4>WARNING two is lost\n"
 
 
 def test_stderr_is_the_journals_only_if_it_is_that_very_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

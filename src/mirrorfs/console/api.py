@@ -15,8 +15,7 @@ from typing import Any, Final
 
 import trio
 
-from mirrorfs import __version__
-from mirrorfs.console.gate import Session, Sessions, Throttle
+from mirrorfs.console.gate import Session, Sessions, Throttle, who_is_throttled
 from mirrorfs.console.lines import Lines
 from mirrorfs.console.observer import Observer
 from mirrorfs.console.roles import Role
@@ -37,16 +36,19 @@ _MOST_EVENTS: Final = 200
 _MOST_LOGINS: Final = 8
 #: So long a line of the audit log may take.
 _DISK_S: Final = 2.0
+#: Characters: nobody drives out what stands there by a long one.
+_LONGEST_NOTE: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """Who asks: the name, the role, the address, and the session if it is a person's."""
+    """Who asks: the name, the role, the address; the session if it is a person's, the token if it is a program."""
 
     name: str
     role: Role
     address: str
     session: Session | None = None
+    token: str = ""
 
 
 class HttpError(MirrorfsError):
@@ -176,11 +178,13 @@ PICTURE: Final = {
 class Api:
     """What the endpoints do."""
 
-    def __init__(self, observer: Observer, users: Users, audit: Lines) -> None:
+    def __init__(self, observer: Observer, users: Users, audit: Lines, refused: Lines) -> None:
+        """`audit` is for what users do, `refused` for logins of nobody: who has no password cannot drive out what is there."""
         self.observer = observer
         self.users = users
         self.sessions = Sessions()
         self._audit = audit
+        self._refused = refused
         self._audit_limiter = trio.CapacityLimiter(1)
         self._throttle = Throttle()
         self._hashing = trio.CapacityLimiter(1)
@@ -264,14 +268,14 @@ class Api:
             program = self.users.of_token(bearer)
             if program is None:
                 raise HttpError(401, "this token is not known (any more)")
-            return Who(program[0], program[1], address)
+            return Who(program[0], program[1], address, token=bearer)
         session = self.sessions.find(cookie, trio.current_time()) if cookie else None
         if session is None:
             raise HttpError(401, "not logged in")
-        role = self.users.role_of(session.user)
+        role = self.users.role_of(session.user, session.proof)
         if role is None:
-            self.sessions.end_all_of(session.user)
-            raise HttpError(401, "this user is not known any more")
+            self.sessions.end(session.token)
+            raise HttpError(401, "this user is not known any more, or has a new password")
         if changes and (csrf is None or not secrets.compare_digest(csrf.encode(), session.csrf.encode())):
             raise HttpError(403, "the CSRF token is missing or wrong: load the page anew")
         return Who(session.user, role, address, session)
@@ -279,29 +283,31 @@ class Api:
     def is_still_in(self, who: Who) -> bool:
         """Whether who began to watch may go on; watching is no use of a session."""
         if who.session is None:
-            return any(name == who.name and kind == "token" for name, kind, _ in self.users.listing())
+            return self.users.of_token(who.token) is not None
         found = self.sessions.find(who.session.token, trio.current_time(), touch=False)
-        return found is not None and self.users.role_of(who.name) is not None
+        return found is not None and self.users.role_of(who.name, found.proof) is not None
 
     async def log_in(self, name: str, password: str, address: str) -> tuple[Session, Role]:
         """Begin a session. Raises HttpError: 401 for a wrong name or password, 429 for too many tries."""
-        now = trio.current_time()
-        if (wait_s := self._throttle.wait_s(address, now)) > 0:
+        now, key = trio.current_time(), who_is_throttled(address)
+        if (wait_s := self._throttle.wait_s(key, now)) > 0:
             raise HttpError(429, f"too many tries: again in {math.ceil(wait_s)} s", retry_after=str(math.ceil(wait_s)))
         if self._logins >= _MOST_LOGINS:
             raise HttpError(429, "too many tries at once: again in a moment", retry_after="2")
-        self._throttle.failed(address, now)  # until it turns out otherwise, or many at once would be one try
+        self._throttle.failed(key, now)  # until it turns out otherwise, or many at once would be one try
         self._logins += 1
         try:
+            # The proof before: a password that is changed meanwhile must not count for a session that begins with the old one.
+            proof = self.users.proof_of(name)
             role = await trio.to_thread.run_sync(self.users.check, name, password, limiter=self._hashing)
         finally:
             self._logins -= 1
         if role is None:
-            await self.note(name, address, "login", "refused")
+            await self.note(name, address, "login", "refused", self._refused)
             raise HttpError(401, "the name or the password is wrong")
-        self._throttle.succeeded(address)
+        self._throttle.succeeded(key, now)
         await self.note(name, address, "login", "done")
-        return self.sessions.begin(name, now), role
+        return self.sessions.begin(name, proof, now), role
 
     async def log_out(self, who: Who) -> None:
         """End the session."""
@@ -309,12 +315,14 @@ class Api:
             self.sessions.end(who.session.token)
             await self.note(who.name, who.address, "logout", "done")
 
-    async def note(self, name: str, address: str, action: str, result: str) -> None:
+    async def note(self, name: str, address: str, action: str, result: str, lines: Lines | None = None) -> None:
         """Add a line to the audit log, and to that of the controller. A disk that hangs keeps nobody from acting."""
-        entry = {"at": round(time.time(), 3), "user": name[:100], "address": address, "action": action, "result": result}
-        log.info("console: %r from %s: %s: %s", name[:100], address, action, result)
+        name, action, result = name[:100], action[:_LONGEST_NOTE], result[:_LONGEST_NOTE]
+        entry = {"at": round(time.time(), 3), "user": name, "address": address, "action": action, "result": result}
+        log.info("console: %r from %s: %s: %s", name, address, action, result)
+        add = (lines or self._audit).add
         with trio.move_on_after(_DISK_S):
-            await trio.to_thread.run_sync(self._audit.add, entry, limiter=self._audit_limiter, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(add, entry, limiter=self._audit_limiter, abandon_on_cancel=True)
 
     # ---- what is asked
 
@@ -326,7 +334,7 @@ class Api:
         endpoint.check(body)
         if not endpoint.audited:
             return await endpoint.handler(who, body)
-        said = endpoint.path[1:] + "".join(f" {name}={value}" for name, value in body.items())
+        said = endpoint.path[1:] + "".join(f" {name}={value!r}" for name, value in body.items())
         await self.note(who.name, who.address, said, "asked")  # before: what is asked stands there whatever comes of it
         try:
             answer = await endpoint.handler(who, body)
@@ -336,18 +344,16 @@ class Api:
         await self.note(who.name, who.address, said, str(answer.get("message", "done")))
         return answer
 
-    def picture(self) -> dict[str, Any]:
-        """The pair as it is now, with the newest events."""
-        return self.observer.picture() | {"events": self.observer.events(40), "version": __version__}
-
     async def _picture(self, who: Who, body: Mapping[str, Any]) -> dict[str, Any]:
-        return self.picture()
+        return self.observer.picture
 
     async def _events(self, who: Who, body: Mapping[str, Any]) -> dict[str, Any]:
         return {"events": self.observer.events(_MOST_EVENTS)}
 
     async def _read_audit(self, who: Who, body: Mapping[str, Any]) -> dict[str, Any]:
-        entries = await trio.to_thread.run_sync(self._audit.last, _MOST_EVENTS, limiter=self._audit_limiter)
+        entries = await trio.to_thread.run_sync(
+            self._audit.last, _MOST_EVENTS, limiter=self._audit_limiter, abandon_on_cancel=True
+        )
         return {"entries": entries[::-1]}
 
     async def _session(self, who: Who, body: Mapping[str, Any]) -> dict[str, Any]:

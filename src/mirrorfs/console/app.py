@@ -9,19 +9,17 @@ from typing import Any, Final
 
 import trio
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mirrorfs.console import metrics, openapi
 from mirrorfs.console.api import PREFIX, Api, Endpoint, HttpError, Who, status_of
-from mirrorfs.errors import ControlError, MirrorfsError, UsageError
+from mirrorfs.errors import MirrorfsError, UsageError
 
 log = logging.getLogger(__name__)
 
-COOKIE: Final = "__Host-mirrorfs"
 _MAX_BODY: Final = 64 << 10
 _BODY_S: Final = 10.0
 _MAX_STREAMS: Final = 50
@@ -43,7 +41,7 @@ _ASSETS: Final = {
 
 
 class _Headers:
-    """What every answer carries."""
+    """What every answer carries; and the one place where it is told that something failed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -54,21 +52,28 @@ class _Headers:
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
             await send(message)
 
-        await self._app(scope, receive, with_headers)
+        try:
+            await self._app(scope, receive, with_headers)
+        except ClientDisconnect:
+            pass
+        except Exception:  # Starlette has answered, and raises it again
+            log.exception("%s %s failed", scope.get("method"), scope.get("path"))
 
 
 class Console:
     """The application for one node."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, port: int) -> None:
+        """`port` is in the name of the cookie: for a browser all ports of a host are one."""
         self._api = api
+        self._cookie = openapi.cookie(port)
         self._streams = 0
         directory = resources.files("mirrorfs.console") / "assets"
         self._assets = {name: (directory / name).read_bytes() for name in _ASSETS}
-        self._document = openapi.document(api.endpoints)
+        self._document = openapi.document(api.endpoints, port)
 
-    def app(self) -> Starlette:
-        """The routes."""
+    def app(self) -> ASGIApp:
+        """The application."""
         routes = [
             Route("/", self._asset("index.html")),
             *(Route(f"/{name}", self._asset(name)) for name in _ASSETS if name != "index.html"),
@@ -79,10 +84,12 @@ class Console:
             Route(f"{PREFIX}/stream", self._stream),
             *(Route(PREFIX + each.path, self._endpoint(each), methods=[each.method]) for each in self._api.endpoints),
         ]
-        return Starlette(
-            routes=routes,
-            middleware=[Middleware(_Headers)],
-            exception_handlers={MirrorfsError: _on_error, Exception: _on_failure},
+        # Around all of it: what Starlette answers by itself carries the headers too.
+        return _Headers(
+            Starlette(
+                routes=routes,
+                exception_handlers={MirrorfsError: _on_error, Exception: _on_failure},
+            )
         )
 
     # ---- who asks
@@ -90,7 +97,7 @@ class Console:
     def _who(self, request: Request) -> Who:
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         return self._api.who(
-            request.cookies.get(COOKIE),
+            request.cookies.get(self._cookie),
             bearer.strip() if scheme.lower() == "bearer" else None,
             request.headers.get("x-csrf-token"),
             _address(request),
@@ -124,13 +131,13 @@ class Console:
             case _:
                 raise UsageError("give user and password")
         answer = JSONResponse({"user": session.user, "role": str(role), "csrf": session.csrf})
-        answer.set_cookie(COOKIE, session.token, path="/", secure=True, httponly=True, samesite="strict")
+        answer.set_cookie(self._cookie, session.token, path="/", secure=True, httponly=True, samesite="strict")
         return answer
 
     async def _log_out(self, request: Request) -> Response:
         await self._api.log_out(self._who(request))
         answer = Response(status_code=HTTPStatus.NO_CONTENT)
-        answer.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
+        answer.delete_cookie(self._cookie, path="/", secure=True, httponly=True, samesite="strict")
         return answer
 
     async def _metrics(self, request: Request) -> Response:
@@ -147,7 +154,7 @@ class Console:
         self._streams += 1
         try:
             while self._api.is_still_in(who):
-                yield f"event: picture\ndata: {json.dumps(self._api.picture())}\n\n"
+                yield f"event: picture\ndata: {self._api.observer.encoded}\n\n"
                 with trio.move_on_after(_KEEP_ALIVE_S):
                     await self._api.observer.wait()
             yield "event: over\ndata: {}\n\n"
@@ -163,9 +170,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    wrong = ControlError(f"this failed in the console ({type(error).__name__}): the log of the controller says where")
-    return JSONResponse({"error": str(wrong), "kind": "ControlError"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+    wrong = f"this failed in the console ({type(error).__name__}): the log of the controller says where"
+    return JSONResponse({"error": wrong, "kind": "ControlError"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _address(request: Request) -> str:

@@ -4,6 +4,7 @@ A session is a random token in a cookie that no script can read, and a second on
 something (CSRF). Times are seconds of any clock that does not jump.
 """
 
+import ipaddress
 import secrets
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,6 +22,7 @@ class Session:
     """One login. `token` is that of the cookie."""
 
     user: str
+    proof: str  # of the password by which it began: `Users.proof_of`
     began: float
     seen: float
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -37,12 +39,12 @@ class Sessions:
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
 
-    def begin(self, user: str, now: float) -> Session:
+    def begin(self, user: str, proof: str, now: float) -> Session:
         """A new one; of too many the oldest ends."""
         self._sessions = {token: each for token, each in self._sessions.items() if not each.is_over(now)}
         while len(self._sessions) >= _MOST_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
-        session = Session(user, now, now)
+        session = Session(user, proof, now, now)
         self._sessions[session.token] = session
         return session
 
@@ -61,10 +63,6 @@ class Sessions:
     def end(self, token: str) -> None:
         """Log out."""
         self._sessions.pop(token, None)
-
-    def end_all_of(self, user: str) -> None:
-        """Of somebody who is no user any more."""
-        self._sessions = {token: each for token, each in self._sessions.items() if each.user != user}
 
 
 class Throttle:
@@ -92,6 +90,19 @@ class Throttle:
         while len(self._failures) > _MOST_REMEMBERED:
             del self._failures[next(iter(self._failures))]
 
-    def succeeded(self, key: str) -> None:
-        """What was before is forgotten."""
-        self._failures.pop(key, None)
+    def succeeded(self, key: str, now: float) -> None:
+        """The last failure was none. Those before it count on, or somebody with a password could guess that of another."""
+        count, _ = self._failures.pop(key, (0, 0.0))
+        if count > 1:
+            self._failures[key] = count - 1, now
+
+
+def who_is_throttled(address: str) -> str:
+    """The key of an address: of IPv6 the network, of which one machine has all addresses."""
+    try:
+        literal = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if literal.version == 6:
+        return str(ipaddress.ip_network((literal, 64), strict=False))
+    return str(literal)

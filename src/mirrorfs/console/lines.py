@@ -26,7 +26,7 @@ class Lines:
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "wb") as out:
-                out.write(b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries))
+                out.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
                 full = out.tell() > _KEPT_BYTES // 2
             if full:
                 self.file.replace(self._before)
@@ -45,7 +45,7 @@ class Lines:
             except OSError:
                 continue
             entries = []
-            for line in text.splitlines()[-(count - len(found)) :]:
+            for line in text.rstrip("\n").split("\n")[-(count - len(found)) :]:
                 try:
                     entry = json.loads(line)
                 except ValueError:

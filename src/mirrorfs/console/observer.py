@@ -1,5 +1,6 @@
 """Looks at the node once a second, for all who watch: the moments of the last minute, and what has happened."""
 
+import json
 import logging
 import time
 from collections import deque
@@ -9,6 +10,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+from mirrorfs import __version__
 from mirrorfs.console import picture as pictures
 from mirrorfs.console.lines import Lines
 from mirrorfs.console.picture import Seen
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 _LOOK_S: Final = 1.0
 _ANSWER_S: Final = 2.0
 _EVENTS: Final = 200
+_SHOWN: Final = 40
 
 
 class NodePort(Protocol):
@@ -44,15 +47,27 @@ class Observer:
         self._history: deque[Seen] = deque(maxlen=int(pictures.WINDOW_S / _LOOK_S) + 2)
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._news = trio.Event()
+        #: The page of the last look, and as JSON: the same for all who watch.
+        self.picture: dict[str, Any] = {}
+        self.encoded = ""
+        self._failure = ""
+        self._draw()
         # One thread: lines keep their order, and a disk that hangs takes no second one.
         self._limiter = trio.CapacityLimiter(1)
 
     async def run(self) -> None:
         """Look until cancelled."""
-        self._events.extend(await trio.to_thread.run_sync(self._lines.last, _EVENTS, limiter=self._limiter))
+        before = await trio.to_thread.run_sync(self._lines.last, _EVENTS, limiter=self._limiter, abandon_on_cancel=True)
+        self._events.extend(before)
         async with trio.open_nursery() as nursery:
             while True:
-                self._look(await self._measures(), nursery)
+                measures = await self._measures()
+                try:
+                    self._look(measures, nursery)
+                except Exception as error:  # a status that it does not understand must not end what people are doing here
+                    if repr(error) != self._failure:
+                        log.exception("the console cannot show what it sees")
+                    self._failure = repr(error)
                 await trio.sleep(_LOOK_S)
 
     async def _measures(self) -> dict[str, Any] | None:
@@ -69,6 +84,7 @@ class Observer:
         if events:
             self._events.extend(events)
             nursery.start_soon(self._write, events)
+        self._draw()
         self._news.set()
         self._news = trio.Event()
 
@@ -84,10 +100,11 @@ class Observer:
         """The newest moment."""
         return self._history[-1] if self._history else self.node.see()
 
-    def picture(self) -> dict[str, Any]:
-        """The page of this moment."""
+    def _draw(self) -> None:
         history = list(self._history)
-        return pictures.picture(self.latest, history[:-1])
+        shown = pictures.picture(self.latest, history[:-1])
+        self.picture = shown | {"events": self.events(_SHOWN), "version": __version__}
+        self.encoded = json.dumps(self.picture)
 
     def events(self, count: int) -> list[dict[str, Any]]:
         """The newest, newest first."""

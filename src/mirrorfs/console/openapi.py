@@ -16,7 +16,12 @@ _ERRORS = {
 }
 
 
-def document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
+def cookie(port: int) -> str:
+    """The name of the session's cookie on a console of that port."""
+    return f"__Host-mirrorfs-{port}"
+
+
+def document(endpoints: tuple[Endpoint, ...], port: int) -> dict[str, Any]:
     """The document (OpenAPI 3.1) as plain values."""
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
@@ -34,7 +39,7 @@ def document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "securitySchemes": {
-                "session": {"type": "apiKey", "in": "cookie", "name": "__Host-mirrorfs"},
+                "session": {"type": "apiKey", "in": "cookie", "name": cookie(port)},
                 "token": {"type": "http", "scheme": "bearer"},
             },
             "schemas": {

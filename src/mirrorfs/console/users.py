@@ -1,8 +1,8 @@
 """Who may use the console: people with a password, programs with a token, and the role of each.
 
 A file of mode 0600 among the node's keys: `{"users": {NAME: {"role", "salt", "hash"}}, "tokens": {NAME: {"role", "hash"}}}`.
-Passwords are kept as scrypt of a salt each; tokens, which are 256 random bits, as their SHA-256. It is read again whenever it
-has changed: a user that is removed is out at once.
+Passwords are kept as scrypt of a salt each; tokens, which are 256 random bits, as their SHA-256. The console looks at it
+once a second: a user that is removed, or has a new password, is out.
 """
 
 import hashlib
@@ -24,49 +24,68 @@ _LONGEST: Final = 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 
 
+Content = dict[str, dict[str, dict[str, str]]]
+
+
 class Users:
-    """The users and tokens of one node."""
+    """The users and tokens of one node, as the file had them when it was last looked at (`refresh`)."""
 
     def __init__(self, keys: Path) -> None:
         """`keys` is the directory of the node's keys."""
         self.file = keys / "console-users.json"
         self._read_as: tuple[int, int, int] | None = None
-        self._content: dict[str, dict[str, dict[str, str]]] = {"users": {}, "tokens": {}}
+        self._content: Content = {"users": {}, "tokens": {}}
+
+    def refresh(self) -> None:
+        """Look at the file; may wait for the disk. Raises MirrorfsError if it cannot be read: then nobody is known."""
+        try:
+            status = self.file.stat()
+            now = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if now != self._read_as:
+                self._content = _checked(json.loads(self.file.read_text()))
+                self._read_as = now
+        except FileNotFoundError:
+            self._content, self._read_as = {"users": {}, "tokens": {}}, None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._content, self._read_as = {"users": {}, "tokens": {}}, None
+            raise MirrorfsError(f"{self.file}: cannot be read ({error}): remove it and make the users anew") from None
 
     # ---- for the command line
 
     def add(self, name: str, password: str, role: Role) -> None:
-        """Make a user, or give one a new password and role. Raises UsageError for a name or password that will not do,
-        MirrorfsError if the file cannot be written."""
+        """Make a user, or give one a new password and role: who is logged in by that name is out. Raises UsageError for a name
+        or password that will not do, MirrorfsError if the file cannot be written."""
         self._check_name(name)
         if not _SHORTEST <= len(password) <= _LONGEST:
             raise UsageError(f"the password has {len(password)} characters: use {_SHORTEST} to {_LONGEST}")
         salt = secrets.token_bytes(16)
-        entry = {"role": str(role), "salt": salt.hex(), "hash": _hash(password, salt).hex()}
-        self._load()["users"][name] = entry
+        self.refresh()
+        self._content["users"][name] = {"role": str(role), "salt": salt.hex(), "hash": _hash(password, salt).hex()}
         self._save()
 
     def add_token(self, name: str, role: Role) -> str:
         """Make a token for a program, and return it: it is kept nowhere. Raises as `add` does."""
         self._check_name(name)
         token = secrets.token_urlsafe(32)
-        self._load()["tokens"][name] = {"role": str(role), "hash": _token_hash(token)}
+        self.refresh()
+        self._content["tokens"][name] = {"role": str(role), "hash": _token_hash(token)}
         self._save()
         return token
 
     def remove(self, name: str) -> None:
         """Remove the user and the token of that name; UsageError if there is neither."""
-        content = self._load()
-        if not [part.pop(name) for part in content.values() if name in part]:
+        self.refresh()
+        if not [part.pop(name) for part in self._content.values() if name in part]:
             raise UsageError(f"{name}: there is no such user and no such token")
         self._save()
 
     def listing(self) -> list[tuple[str, str, Role]]:
         """Name, kind ("user" or "token") and role of each."""
+        self.refresh()
         return [
             (name, kind, Role(entry["role"]))
             for kind, part in (("user", "users"), ("token", "tokens"))
-            for name, entry in sorted(self._load()[part].items())
+            for name, entry in sorted(self._content[part].items())
         ]
 
     # ---- for the console
@@ -74,26 +93,31 @@ class Users:
     @property
     def is_empty(self) -> bool:
         """Whether nobody can log in."""
-        return not self._load()["users"]
+        return not self._content["users"]
 
     def check(self, name: str, password: str) -> Role | None:
         """The role of a user with this password, None if there is none. Takes a tenth of a second, also for no user."""
-        entry = self._load()["users"].get(name)
+        entry = self._content["users"].get(name)
         salt = bytes.fromhex(entry["salt"]) if entry else bytes(16)
         found = _hash(password[:_LONGEST], salt)
         if entry is None or not secrets.compare_digest(found, bytes.fromhex(entry["hash"])):
             return None
         return Role(entry["role"])
 
-    def role_of(self, name: str) -> Role | None:
-        """The role that a user has now."""
-        entry = self._load()["users"].get(name)
-        return None if entry is None else Role(entry["role"])
+    def role_of(self, name: str, proof: str) -> Role | None:
+        """The role that a user has now; None if he is none any more, or has another password than when `proof_of` was asked."""
+        entry = self._content["users"].get(name)
+        return None if entry is None or entry["salt"] != proof else Role(entry["role"])
+
+    def proof_of(self, name: str) -> str:
+        """What is another one after a change of the password; empty for no user."""
+        entry = self._content["users"].get(name)
+        return "" if entry is None else entry["salt"]
 
     def of_token(self, token: str) -> tuple[str, Role] | None:
         """Name and role of a token, None if it is none."""
         found = _token_hash(token)
-        for name, entry in self._load()["tokens"].items():
+        for name, entry in self._content["tokens"].items():
             if secrets.compare_digest(entry["hash"], found):
                 return name, Role(entry["role"])
         return None
@@ -104,19 +128,6 @@ class Users:
         if not _NAME.fullmatch(name):
             raise UsageError(f"{name!r} is not a name: use 1 to 63 of A-Z a-z 0-9 . _ @ -, beginning with a letter or digit")
 
-    def _load(self) -> dict[str, dict[str, dict[str, str]]]:
-        try:
-            status = self.file.stat()
-            now = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if now != self._read_as:
-                self._content = _checked(json.loads(self.file.read_text()))
-                self._read_as = now
-        except FileNotFoundError:
-            self._content, self._read_as = {"users": {}, "tokens": {}}, None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MirrorfsError(f"{self.file}: cannot be read ({error}): remove it and make the users anew") from None
-        return self._content
-
     def _save(self) -> None:
         try:
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,7 +137,7 @@ class Users:
         self._read_as = None
 
 
-def _checked(content: Any) -> dict[str, dict[str, dict[str, str]]]:
+def _checked(content: Any) -> Content:
     for entry in content["users"].values():
         Role(entry["role"]), bytes.fromhex(entry["salt"]), bytes.fromhex(entry["hash"])
     for entry in content["tokens"].values():
@@ -135,8 +146,8 @@ def _checked(content: Any) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def _hash(password: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, **_SCRYPT)
+    return hashlib.scrypt(password.encode(errors="surrogatepass"), salt=salt, **_SCRYPT)
 
 
 def _token_hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()

@@ -317,7 +317,7 @@ async function act(path, body, title, yes, text) {
     if (error.status === 401) return showLogin("Logged out.");
     if (error.status === 428 && (await ask("Are you sure?", error.message, "Yes"))) {
       busy = false;
-      return act(path, { ...body, yes: true });
+      return await act(path, { ...body, yes: true });
     }
     say(error.message, true);
   } finally {
