@@ -121,11 +121,12 @@ def join(
 def prepare(context: typer.Context, *, set_aside: SetAside = False, config: ConfigFile = None, node: NodeName = None) -> None:
     """Make this machine ready for its services, as `init` and `join` do before they start the node. It can be repeated."""
     loaded = load(context, config, node)
-    for socket, what in ((loaded.node.controller, "controller"), (loaded.node.control, "node")):
-        if units.is_running(socket):
-            raise MirrorfsError(
-                f"the {what} of {loaded.volume} runs here, and a service would be stopped under it: stop it first"
-            )
+    if units.is_running(loaded.node.controller):
+        raise MirrorfsError(
+            f"the controller of {loaded.volume} runs here, and a service would be stopped under it: stop it first"
+        )
+    if set_aside and units.is_running(loaded.node.control):
+        raise MirrorfsError(f"the node runs, and has {loaded.mount}: `mirrorfs unmount` first")
     _prepare(loaded, set_aside=set_aside)
 
 

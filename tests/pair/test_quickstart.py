@@ -1,7 +1,9 @@
 """The quick start, as it stands on its page: two machines, Debian's PostgreSQL, five commands; and then one machine is lost."""
 
+import json
 import re
 import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from mirrorfs import modules
 from mirrorfs.lab import postgresql
 from tests.pair.machines import Machine, two_machines, why_not
 
@@ -17,6 +20,7 @@ _ADDRESS: Final = "10.77.0.100"
 _CLUSTER: Final = "15"
 _UNIT: Final = f"postgresql@{_CLUSTER}-main"
 _DATA: Final = f"/var/lib/postgresql/{_CLUSTER}/main"
+_CONFIGURATION: Final = f"/etc/postgresql/{_CLUSTER}/main"
 
 
 def _why_not() -> str:
@@ -93,6 +97,15 @@ class Site:
         """Whether the database runs on the machine, and its address is there."""
         return machine.is_active(_UNIT) and _ADDRESS in machine.run("ip", "-4", "address")
 
+    def wait_mirrored(self, primary: Machine) -> None:
+        """Until the other machine has everything, too."""
+
+        def is_mirrored() -> bool:
+            found = json.loads(primary.run("mirrorfs", "status", "--json"))
+            return (found["state"], found["in_sync"]) == ("primary", ["one", "two"])
+
+        primary.wait_for(is_mirrored, f"{primary.name} is the primary, and both are in sync")
+
 
 def _at_the_address() -> list[str]:
     options = ["psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
@@ -111,11 +124,16 @@ def _prepare(machine: Machine) -> None:
 
 
 @pytest.fixture
-def site(built_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with two_machines(tmp_path_factory.mktemp("machines")) as (one, two):
-        for machine in (one, two):
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Machine]]:
+    with two_machines(tmp_path_factory.mktemp("machines")) as found:
+        for machine in found:
             _prepare(machine)
-        yield Site({"one": one, "two": two}, built_package)
+        yield found
+
+
+@pytest.fixture
+def site(built_package: Path, machines: tuple[Machine, Machine]) -> Site:
+    return Site({machine.name: machine for machine in machines}, built_package)
 
 
 @dataclass(slots=True)
@@ -152,7 +170,7 @@ class Client:
 
 
 def test_five_commands_make_a_postgresql_that_outlives_its_machine(site: Site) -> None:
-    first = blocks_of_the_page()[0]
+    first, then, switchovers, loss, *_ = blocks_of_the_page()
     assert len(first) <= 5
     site.follow(first)
     site.one.wait_for(lambda: site.serves(site.one), "the database is at its address")
@@ -162,25 +180,92 @@ def test_five_commands_make_a_postgresql_that_outlives_its_machine(site: Site) -
     assert site.two.run("cat", f"/var/lib/postgresql.before-mirrorfs/{_CLUSTER}/main/PG_VERSION") == _CLUSTER
     assert not site.two.is_active(_UNIT)
 
+    site.follow(then)
+    site.wait_mirrored(site.one)
+
     site.one.run("runuser", "-u", "postgres", "--", "psql", "-c", "create role app login password 'secret'")
     site.one.run("runuser", "-u", "postgres", "--", "createdb", "--owner=app", "app")
     site.query(site.two, "create table noted (number bigint primary key)")
     with Client(site, site.two) as client:
         client.wait_noted(10)
-        site.one.run("mirrorfs", "switchover")
+        there, back = switchovers
+        site.follow([there])
         site.two.wait_for(lambda: site.serves(site.two), "the database is on two")
         assert not site.one.is_active(_UNIT)
         client.wait_noted(10)
-        site.two.run("mirrorfs", "switchover")
+        site.wait_mirrored(site.two)
+        site.follow([back])
         site.one.wait_for(lambda: site.serves(site.one), "the database is on one again")
         client.wait_noted(10)
+        site.wait_mirrored(site.one)
         site.one.cut_power()
-        site.two.run("mirrorfs", "promote", "--yes")
+        site.follow(loss)
         site.two.wait_for(lambda: site.serves(site.two), "the database is on two after the loss of one")
         client.wait_noted(10)
     rows = set(map(int, site.query(site.two, "select number from noted")))
     assert set(client.noted) - rows == set(), "acknowledged, and missing on the node that took over"
 
     site.one.boot()
-    site.two.wait_for(lambda: '"state": "primary"' in site.two.run("mirrorfs", "status", "--json"), "one follows again")
+    site.wait_mirrored(site.two)
     assert not site.one.is_active(_UNIT), "nobody but the controller starts it, with the machine neither"
+
+
+# ---- what the module does to a machine, without a mirrorfs
+
+
+def _prepare_of_the_module(**settings: str) -> str:
+    more = {"run": "systemd", "version": _CLUSTER, "mount": "/var/lib/postgresql", **settings}
+    (service,) = tomllib.loads(modules.render(modules.find("postgresql"), more).services)["service"]
+    return str(service["prepare"])
+
+
+def test_the_cluster_of_the_package_is_made_ready_and_once_more_changes_nothing(machines: tuple[Machine, Machine]) -> None:
+    machine, _ = machines
+    assert "there is no cluster 15 main here" in machine.result("sh", "-c", _prepare_of_the_module()).stdout
+    machine.run("pg_createcluster", _CLUSTER, "main", "--start")
+    machine.run("systemctl", "enable", _UNIT)
+    elsewhere = machine.result("sh", "-c", _prepare_of_the_module(mount="/srv/volume"))
+    assert elsewhere.returncode == 1
+    assert f"its data is in {_DATA} and not below /srv/volume" in elsewhere.stdout
+    assert machine.is_active(_UNIT), "what cannot be prepared is left as it was"
+
+    machine.run("sh", "-c", _prepare_of_the_module())
+    assert not machine.is_active(_UNIT)
+    assert machine.run("systemctl", "is-enabled", _UNIT, check=False) == "disabled"
+    files = ("postgresql.conf", "pg_hba.conf", "start.conf")
+    once = [machine.run("cat", f"{_CONFIGURATION}/{file}") for file in files]
+    assert "\nlisten_addresses = '*'" in once[0]
+    assert once[1].endswith("\nhost all all samenet scram-sha-256")
+    assert once[2] == "manual"
+    assert {machine.run("stat", "-c", "%U", f"{_CONFIGURATION}/{file}") for file in files} == {"postgres"}
+    machine.run("sh", "-c", _prepare_of_the_module())
+    assert [machine.run("cat", f"{_CONFIGURATION}/{file}") for file in files] == once
+    machine.run("systemctl", "restart", "postgresql")
+    assert not machine.is_active(_UNIT), "it is no part of what starts with the machine"
+
+    machine.run("sh", "-c", _prepare_of_the_module(clients="none"))
+    assert machine.run("cat", f"{_CONFIGURATION}/pg_hba.conf") == once[1]
+
+
+def test_a_lock_file_is_believed_only_of_a_server_that_works_there(machines: tuple[Machine, Machine]) -> None:
+    """On the volume, that of the other machine is found; its pid is that of another PostgreSQL's process here."""
+    machine, _ = machines
+    machine.run("pg_createcluster", _CLUSTER, "main")
+    machine.run("sh", "-c", _prepare_of_the_module())
+    with machine.popen("bash", "-c", "cd /; echo $$; exec -a postgres sleep 1000") as stranger:
+        assert stranger.stdout is not None
+        try:
+            pid = stranger.stdout.readline().strip()
+            machine.write(f"{_DATA}/postmaster.pid", f"{pid}\n{_DATA}\n1\n5432\n/run/postgresql\n\n1 1\nready\n")
+            machine.run("chown", "postgres:", f"{_DATA}/postmaster.pid")
+            machine.run("systemctl", "start", _UNIT)
+            assert machine.is_active(_UNIT)
+            running = machine.run("cat", f"{_DATA}/postmaster.pid")
+            assert running.split()[0] != pid
+            # A second server is not started beside the first one, nor does the first one lose its lock.
+            assert machine.result("pg_ctlcluster", "--skip-systemctl-redirect", _CLUSTER, "main", "start").returncode == 2
+            machine.run("systemctl", "start", _UNIT)
+            assert machine.run("cat", f"{_DATA}/postmaster.pid") == running
+            assert machine.run("kill", "-0", pid) == ""
+        finally:
+            stranger.kill()
