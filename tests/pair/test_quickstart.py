@@ -1,7 +1,9 @@
 """The quick start, as it stands on its page: two machines, Debian's PostgreSQL, five commands; and then one machine is lost."""
 
+import functools
 import json
 import re
+import shutil
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -46,6 +48,7 @@ class Site:
 
     machines: dict[str, Machine]
     package: Path
+    database: str = "postgresql"
     said: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -60,6 +63,11 @@ class Site:
         """What `apt-get install ./mirrorfs_*.deb postgresql` does: Debian's package has a cluster that runs, and is enabled."""
         machine.copy(self.package, "/root/mirrorfs.deb")
         machine.run("dpkg", "--install", "/root/mirrorfs.deb")
+        if self.database == "mariadb":
+            machine.run("install", "-d", "-o", "mysql", "-g", "mysql", "-m", "0755", "/var/lib/mysql")
+            machine.run("mariadb-install-db", "--user=mysql", "--datadir=/var/lib/mysql", "--skip-test-db")
+            machine.run("systemctl", "enable", "--now", "mariadb")
+            return
         machine.run("pg_createcluster", _CLUSTER, "main", "--start")
         machine.run("systemctl", "enable", "--now", "postgresql")
         assert machine.is_active(_UNIT)
@@ -70,7 +78,7 @@ class Site:
         for host, command in block:
             machine = self.machines[host]
             if command.startswith("apt-get install "):
-                assert command == "apt-get install ./mirrorfs_*.deb postgresql"
+                assert command == f"apt-get install ./mirrorfs_*.deb {self.database}"
                 self.install(machine)
             elif command.startswith("mirrorfs init "):
                 waiting = machine.popen("sh", "-c", f"exec {command}")
@@ -113,10 +121,10 @@ def _at_the_address() -> list[str]:
 
 
 def _prepare(machine: Machine) -> None:
-    """/var/lib on the machine's disk, as it is on one that has a disk for everything; of this machine's PostgreSQL there is
+    """/var/lib on the machine's disk, as it is on one that has a disk for everything; of this machine's databases there is
     nothing left."""
     machine.run("cp", "-a", "/var/lib", "/data/lib")
-    machine.run("rm", "-rf", "/etc/postgresql", "/data/lib/postgresql", "/data/lib/mirrorfs")
+    machine.run("rm", "-rf", "/etc/postgresql", "/data/lib/postgresql", "/data/lib/mysql", "/data/lib/mirrorfs")
     machine.run("install", "-d", "-o", "postgres", "-g", "postgres", "/etc/postgresql", "/data/lib/postgresql")
     machine.write("/etc/fstab", "/data/lib /var/lib none bind 0 0\n")
     machine.run("systemctl", "daemon-reload")
@@ -208,6 +216,26 @@ def test_five_commands_make_a_postgresql_that_outlives_its_machine(site: Site) -
     site.one.boot()
     site.wait_mirrored(site.two)
     assert not site.one.is_active(_UNIT), "nobody but the controller starts it, with the machine neither"
+
+
+@pytest.mark.skipif(shutil.which("mariadbd", path="/usr/sbin:/usr/bin") is None, reason="needs MariaDB")
+def test_the_same_commands_make_a_mariadb_that_moves(site: Site) -> None:
+    site.database = "mariadb"
+    first, *_ = blocks_of_the_page()
+    other = {"/var/lib/postgresql": "/var/lib/mysql", "postgresql": "mariadb"}
+    site.follow(
+        [(host, functools.reduce(lambda text, old: text.replace(old, other[old]), other, line)) for host, line in first]
+    )
+    sql = "create database app; create user app@'10.77.0.%' identified by 'secret'; grant all on app.* to app@'10.77.0.%'"
+    site.one.wait_for(lambda: site.one.result("mariadb", "--execute", "select 1").returncode == 0, "the server answers")
+    site.one.run("mariadb", "--execute", sql)
+    site.wait_mirrored(site.one)
+    client = ("mariadb", f"--host={_ADDRESS}", "--user=app", "--password=secret", "--skip-column-names", "app", "--execute")
+    site.two.run(*client, "create table noted (number bigint primary key) engine=innodb; insert into noted values (40), (2)")
+    assert not site.two.is_active("mariadb")
+    site.one.run("mirrorfs", "switchover")
+    assert not site.one.is_active("mariadb")
+    assert site.one.run(*client, "select sum(number) from noted") == "42"
 
 
 # ---- what the module does to a machine, without a mirrorfs
