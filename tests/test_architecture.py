@@ -29,6 +29,7 @@ ORDER = [
     "joining",
     "modules",
     "units",
+    "preparing",
     "support",
     "doctor",
     "failover",

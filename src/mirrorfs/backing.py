@@ -250,7 +250,7 @@ def adopt(path: Path, backing: Path | None = None) -> Backing:
             (base / room).mkdir(mode=0o700, exist_ok=True)
         if backing is None:
             _move_entries(path, base)
-        elif _entries(path):
+        elif entries(path):
             raise MirrorfsError(f"{path}: has files, but the files are to be in {backing}: move them to {backing / 'tree'}")
         _take_attributes(path, base, before)
         _probe(base / "tree")
@@ -282,14 +282,14 @@ def _probe(tree: Path) -> None:
         os.close(descriptor)
 
 
-def _entries(path: Path) -> list[bytes]:
-    """What is to be adopted: not our own room, and not what fsck keeps in the root of a file system."""
+def entries(path: Path) -> list[bytes]:
+    """What would be adopted: not our own room, and not what fsck keeps in the root of a file system."""
     own = {HIDDEN.encode()} | ({b"lost+found"} if os.path.ismount(path) else set())
     return [name for name in os.listdir(os.fsencode(path)) if name not in own]
 
 
 def _move_entries(path: Path, base: Path) -> None:
-    names = _entries(path)
+    names = entries(path)
     if not names:
         return
     for name in names:

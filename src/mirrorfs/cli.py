@@ -35,7 +35,7 @@ from mirrorfs.failover_cli import controller, has_controller, maintenance, make_
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
 from mirrorfs.modules_cli import app as modules_app
-from mirrorfs.setup_cli import doctor, init, join, support
+from mirrorfs.setup_cli import doctor, init, join, prepare, support
 
 if TYPE_CHECKING:
     from mirrorfs.lost import LostStore
@@ -71,7 +71,7 @@ app.add_typer(lab_app, name="lab")
 app.add_typer(modules_app, name="modules")
 app.command()(demo)
 app.command()(bench)
-for _command in (init, join, doctor, support, switchover, maintenance, controller):
+for _command in (init, join, prepare, doctor, support, switchover, maintenance, controller):
     app.command()(_command)
 app.command("make-key")(make_key)
 

@@ -66,13 +66,16 @@ class CheckConfig:
 class ServiceConfig:
     """One service: a systemd `unit`, or commands (run by `sh -c`). A service without `stop` has nothing to stop.
 
-    It is restarted where it is `restarts` times in `restart_window_s`; after that the other node is to have it.
+    `prepare` is a command that makes a machine ready for it, once, before its node is started the first time: the controller
+    never runs it. The service is restarted where it is `restarts` times in `restart_window_s`; after that the other node is
+    to have it.
     """
 
     name: str
     unit: str = ""
     start: str = ""
     stop: str = ""
+    prepare: str = ""
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 30.0
     checks: tuple[CheckConfig, ...] = ()
@@ -262,6 +265,7 @@ def _read_service(part: Table) -> ServiceConfig:
         unit=part.take("unit", str) or "",
         start=part.take("start", str) or "",
         stop=part.take("stop", str) or "",
+        prepare=part.take("prepare", str) or "",
         start_timeout_s=part.take_duration_s("start_timeout", default.start_timeout_s),
         stop_timeout_s=part.take_duration_s("stop_timeout", default.stop_timeout_s),
         checks=checks,

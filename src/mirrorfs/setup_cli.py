@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from mirrorfs import config as configuration
-from mirrorfs import control, units
+from mirrorfs import control, preparing, units
 from mirrorfs.cli_base import Chosen, ConfigFile, Json, NodeName, load
 from mirrorfs.config import DEFAULT_PORT, Config
 from mirrorfs.errors import MirrorfsError, UsageError
@@ -22,6 +22,10 @@ _POLL_S: Final = 0.2
 
 Address = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Of this node, for the other one. Default: the only one that there is.")
+]
+SetAside = Annotated[
+    bool,
+    typer.Option("--set-aside", help="First move what stands where the volume will be mounted to PATH.before-mirrorfs."),
 ]
 NoStart = Annotated[bool, typer.Option("--no-start", help="Do not start the node, also where systemd could.")]
 
@@ -93,6 +97,7 @@ def join(
         str | None,
         typer.Option(metavar="ADDRESS", help="Of this node, for the other one. Default: that from which it is reached."),
     ] = None,
+    set_aside: SetAside = False,
     no_start: NoStart = False,
     config: ConfigFile = None,
     node: NodeName = None,
@@ -106,20 +111,60 @@ def join(
     loaded = trio.run(join, parse_code(code), config or chosen.config, node or chosen.node, address)
     assert loaded.peer is not None
     print(f"joined {loaded.peer.name}: {loaded.file} is written, the nodes of {loaded.volume} know each other")
-    _start_mount(loaded, no_start=no_start)
+    has_files = not set_aside and preparing.has_files(loaded)
+    _start_mount(loaded, no_start=no_start, set_aside=set_aside)
+    if has_files:
+        _tell_of_files(loaded)
     _start_controller(loaded, no_start=no_start)
 
 
-def _start_mount(loaded: Config, *, no_start: bool) -> None:
-    """By its unit where that is possible and wanted; else say what a person has to run."""
+def prepare(context: typer.Context, *, set_aside: SetAside = False, config: ConfigFile = None, node: NodeName = None) -> None:
+    """Make this machine ready for its services, as `init` and `join` do before they start the node. It can be repeated."""
+    loaded = load(context, config, node)
+    if units.is_running(loaded.node.controller):
+        raise MirrorfsError(
+            f"the controller of {loaded.volume} runs here, and a service would be stopped under it: stop it first"
+        )
+    if set_aside and units.is_running(loaded.node.control):
+        raise MirrorfsError(f"the node runs, and has {loaded.mount}: `mirrorfs unmount` first")
+    _prepare(loaded, set_aside=set_aside)
+
+
+def _prepare(loaded: Config, *, set_aside: bool) -> None:
+    """In this order: what is moved must not be in use by a service that runs yet."""
+    preparing.prepare_services(loaded)
+    if set_aside and (aside := preparing.set_aside(loaded)):
+        print(f"what stood in {loaded.mount} is now in {aside}")
+
+
+def _tell_of_files(loaded: Config) -> None:
+    """What a person does whose first `join` was without --set-aside."""
+    again = [f"mirrorfs release {loaded.mount}", "mirrorfs prepare --set-aside"]
+    if not units.why_not(loaded):
+        stopped = " ".join(reversed([name.removesuffix(".service") for name in units.names(loaded)]))
+        again = [f"systemctl stop {stopped}", *again, *units.by_hand(loaded)[-1:]]
+    print(
+        f"{loaded.mount} has files here, which nothing of the other node will replace: if its files are to be kept, run here: "
+        + "; and ".join(again)
+    )
+
+
+def _start_mount(loaded: Config, *, no_start: bool, set_aside: bool = False) -> None:
+    """By its unit where that is possible and wanted, on a machine that is made ready; else say what a person has to run."""
     if units.is_running(loaded.node.control):
         print("the node runs already")
         return
     if why_not := "" if no_start else units.why_not(loaded):
         print(f"not started, since {why_not}")
     if no_start or why_not:
-        print("next, here: " + "; and ".join(units.by_hand(loaded)))
+        print("next, here: " + "; and ".join(units.by_hand(loaded, set_aside=set_aside)))
         return
+    try:
+        if not units.is_running(loaded.node.controller):  # which looks after services that may run
+            _prepare(loaded, set_aside=set_aside)
+    except MirrorfsError as error:
+        then = "; and ".join(units.by_hand(loaded, set_aside=set_aside))
+        raise MirrorfsError(f"{error}; nothing was started: mend that, then run here: {then}") from None
     if units.make_mount_point(loaded):
         print(f"{loaded.mount} was not there, and is made")
     _start(units.mount_unit(loaded))

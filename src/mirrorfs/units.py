@@ -45,13 +45,15 @@ def why_not(config: Config) -> str:
     return ""
 
 
-def by_hand(config: Config) -> list[str]:
-    """The commands with which a person starts the node, for each a line."""
-    if _BOOTED.is_dir() and config.file.parent == configuration.DIRECTORY and not _systemctl("cat", *names(config)).returncode:
-        return [f"systemctl enable --now {' '.join(name.removesuffix('.service') for name in names(config))}"]
+def by_hand(config: Config, *, set_aside: bool = False) -> list[str]:
+    """The commands with which a person makes this machine ready and starts the node, for each a line."""
     chosen = "" if config.file.parent == configuration.DIRECTORY else f" --config {config.file}"
+    is_to_be_prepared = config.failover and any(service.prepare for service in config.failover.services)
+    first = [f"mirrorfs{chosen} prepare{' --set-aside' if set_aside else ''}"] if is_to_be_prepared or set_aside else []
+    if _BOOTED.is_dir() and not chosen and not _systemctl("cat", *names(config)).returncode:
+        return [*first, f"systemctl enable --now {' '.join(name.removesuffix('.service') for name in names(config))}"]
     where = "" if config.mount else " PATH"
-    return [f"mirrorfs{chosen} mount{where}", *([f"mirrorfs{chosen} controller"] if config.failover else [])]
+    return [*first, f"mirrorfs{chosen} mount{where}", *([f"mirrorfs{chosen} controller"] if config.failover else [])]
 
 
 def is_running(socket: Path) -> bool:

@@ -154,6 +154,33 @@ def test_where_systemd_does_not_start_the_node_it_says_what_to_run(lab: Lab, tmp
     assert "then, once, on the node whose files are to be kept: mirrorfs promote\n" in said
 
 
+def test_where_the_node_is_not_started_the_machine_is_not_prepared_but_it_says_how(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    place = tmp_path / "data"
+    place.mkdir()
+    (place / "file").touch()
+    # A cluster that there is not, so that nobody's can be stopped by a mistake here.
+    settings = ("--set", "run=systemd", "--set", "cluster=of-no-machine")
+    options = ("--mount", str(place), "--module", "postgresql", *settings, "--vip", "10.77.0.100/24@eth0")
+    with _without_default_keys(), _Init(lab.one, one, *options) as init:
+        done = _join(lab.two, init.code, two, "--set-aside")
+        assert done.returncode == 0, done.stderr
+        code, said = init.end()
+    assert code == 0
+    for file, option, told in ((one, "", said), (two, " --set-aside", done.stdout)):
+        chosen = f"mirrorfs --config {file}"
+        assert f"next, here: {chosen} prepare{option}; and {chosen} mount; and {chosen} controller\n" in told
+    assert (place / "file").exists()
+    command = _mirrorfs(lab.two, "--config", str(two), "prepare", "--set-aside")
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "there is no cluster 15 of-no-machine here" in refused.stdout
+    assert refused.stderr == (
+        "mirrorfs: service postgresql: this machine could not be prepared for it (exit status 1, see above)\n"
+    )
+    assert (place / "file").exists(), "what a service may still use is not moved"
+
+
 def test_a_node_that_would_not_be_started_cannot_be_promoted(lab: Lab, tmp_path: Path) -> None:
     file = tmp_path / "one.toml"
     arguments = ("init", VOLUME, "--node", "one", "--address", ADDRESSES["one"], "--config", str(file), "--promote")

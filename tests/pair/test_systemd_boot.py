@@ -49,8 +49,8 @@ class Pair:
             machine.copy(package, "/root/mirrorfs.deb")
             machine.run("dpkg", "--install", "/root/mirrorfs.deb")
 
-    def acquaint(self, *options: str, join: tuple[str, ...] = ()) -> None:
-        """`mirrorfs init` on the one, `mirrorfs join` on the other, each with its options."""
+    def acquaint(self, *options: str, join: tuple[str, ...] = (), check: bool = True) -> None:
+        """`mirrorfs init` on the one, `mirrorfs join` on the other, each with its options; `check`: the latter succeeds."""
         waiting = self.one.popen("mirrorfs", "init", "db", "--address", self.one.address, "--mount", "/data", *options)
         assert waiting.stdout is not None
         lines: list[str] = []
@@ -60,7 +60,7 @@ class Pair:
                 break
         else:
             raise AssertionError("".join(lines))
-        self.said["two"] = self.two.run("mirrorfs", "join", found[1], *join)
+        self.said["two"] = self.two.run("mirrorfs", "join", found[1], *join, check=check)
         rest, _ = waiting.communicate(timeout=120)
         self.said["one"] = rest
         assert waiting.returncode == 0, rest
@@ -344,6 +344,66 @@ def test_a_node_that_is_not_to_be_started_is_not(fresh: Pair) -> None:
     assert said.startswith("mirrorfs: mirrorfs@db.service: does not start: /var/lib/mirrorfs/db/two/record: damaged")
     rest, _ = again.communicate(timeout=60)
     assert "the node runs already" in rest
+
+
+_MODULE = """
+summary = "an application that has to be prepared"
+[systemd]
+configuration = '''
+[[service]]
+name = "app"
+unit = "app.service"
+prepare = "echo prepared >>/root/prepared; test -e /root/may"
+'''
+"""
+
+
+def _do_as_told(machine: Machine, said: str) -> None:
+    """Run what a command has told a person to run."""
+    (commands,) = re.findall(r"run here: (.*)$", said, re.MULTILINE)
+    machine.run("sh", "-c", str(commands).replace("; and ", " && "))
+
+
+def test_a_machine_that_cannot_be_prepared_is_not_started_and_can_be_mended(fresh: Pair) -> None:
+    for machine in (fresh.one, fresh.two):
+        machine.write("/etc/systemd/system/app.service", _APP)
+        machine.write("/data/volume/file", machine.name)
+    fresh.one.write("/etc/mirrorfs/modules/app.toml", _MODULE)
+    fresh.one.write("/root/may", "")
+    fresh.acquaint("--mount", "/data/volume", "--module", "app", join=("--set-aside",), check=False)
+    (said,) = (line for line in fresh.said["two"].splitlines() if line.startswith("mirrorfs: "))
+    assert "service app: this machine could not be prepared for it (exit status 1, see above); nothing was started" in said
+    for unit in (MOUNT, CONTROLLER):
+        assert not fresh.two.is_active(unit)
+    assert fresh.two.run("cat", "/data/volume/file") == "two"
+
+    fresh.two.write("/root/may", "")
+    _do_as_told(fresh.two, said)
+    fresh.one.run("mirrorfs", "promote")
+    fresh.wait_mirrored()
+    assert fresh.two.run("cat", "/data/volume/file") == "one"
+    assert fresh.two.run("cat", "/data/volume.before-mirrorfs/file") == "two"
+    fresh.one.wait_for(lambda: fresh.one.is_active("app"), "the service runs")
+
+    # Under a service that runs nothing is prepared: neither when a machine is introduced again, nor if it is asked for.
+    fresh.acquaint()
+    refused = fresh.one.result("mirrorfs", "prepare")
+    assert (refused.returncode, refused.stdout.count("\n")) == (1, 1)
+    assert "the controller of db runs here, and a service would be stopped under it: stop it first" in refused.stdout
+    assert fresh.one.run("cat", "/root/prepared").split() == ["prepared"]
+    assert fresh.two.run("cat", "/root/prepared").split() == ["prepared"] * 2
+
+
+def test_files_on_the_second_machine_can_be_set_aside_afterwards_too(fresh: Pair) -> None:
+    for machine in (fresh.one, fresh.two):
+        machine.write("/data/volume/file", machine.name)
+    fresh.acquaint("--mount", "/data/volume")
+    assert "/data/volume has files here, which nothing of the other node will replace" in fresh.said["two"]
+    _do_as_told(fresh.two, fresh.said["two"])
+    fresh.one.run("mirrorfs", "promote")
+    fresh.wait_mirrored()
+    assert fresh.two.run("cat", "/data/volume/file") == "one"
+    assert fresh.two.run("cat", "/data/volume.before-mirrorfs/file") == "two"
 
 
 def test_a_mount_point_that_is_not_there_is_made(fresh: Pair) -> None:

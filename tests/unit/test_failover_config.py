@@ -83,6 +83,7 @@ def test_the_defaults_are_the_documented_ones(file: Path) -> None:
             unit="postgresql@15-main",
             start="",
             stop="",
+            prepare="",
             start_timeout_s=60.0,
             stop_timeout_s=30.0,
             checks=(CheckConfig("mount", "/srv", interval_s=2.0, timeout_s=5.0, failures=2),),
@@ -157,6 +158,7 @@ def test_every_key_of_the_controller_is_read(file: Path) -> None:
         name = "A.b_c@d-9"
         start = "start-it"
         stop = "stop-it"
+        prepare = "make-it ready"
     """
     assert failover(file, FAILOVER + text) == FailoverConfig(
         key_file=Path("/k"),
@@ -182,7 +184,7 @@ def test_every_key_of_the_controller_is_read(file: Path) -> None:
                 restarts=0,
                 restart_window_s=3600.0,
             ),
-            ServiceConfig("A.b_c@d-9", start="start-it", stop="stop-it"),
+            ServiceConfig("A.b_c@d-9", start="start-it", stop="stop-it", prepare="make-it ready"),
         ),
     )
 

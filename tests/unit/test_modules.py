@@ -108,7 +108,10 @@ def test_the_commands_of_each_are_shell(name: str) -> None:
     for run_by in modules.WAYS:
         content = tomllib.loads(modules.render(modules.find(name), {"run": run_by}).services)
         (service,) = content["service"]
-        for text in (service.get("start", ""), service.get("stop", ""), *(check["command"] for check in service["check"])):
+        for text in (
+            *(service.get(key, "") for key in ("start", "stop", "prepare")),
+            *(check["command"] for check in service["check"]),
+        ):
             done = subprocess.run(["sh", "-n", "-c", text], capture_output=True, text=True)
             assert (done.returncode, done.stderr) == (0, ""), text
 
