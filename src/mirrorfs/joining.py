@@ -103,6 +103,13 @@ def prepare(volume: str, file: Path | None, node: str | None, address: str | Non
         loaded = _write_and_load(path, "\n".join(lines) + "\n", name)
     else:
         loaded = configuration.load(path, node)
+        for option, given, has in (
+            ("--mount", mount, loaded.mount),
+            ("--address", address, loaded.node.address),
+            ("--port", port if port != configuration.DEFAULT_PORT else None, loaded.node.port),
+        ):
+            if given is not None and given != has:
+                raise UsageError(f"{option} {given}: {path} is there already and says {has or 'nothing'}: change it there")
     if loaded.volume != volume:
         raise ConfigError(f"{path}: is of the volume {loaded.volume!r}, not of {volume!r}")
     Trust(loaded.node.keys).make(loaded.node.name)
@@ -158,14 +165,17 @@ class Invitation:
             await plain.aclose()
             return
         self._guests += 1
-        host, *_ = plain.socket.getpeername()
-        stream = trio.SSLStream(plain, context, server_side=True)
+        stream, host = trio.SSLStream(plain, context, server_side=True), "somebody"
         try:
+            host = str(plain.socket.getpeername()[0])
             with trio.fail_after(_ANSWER_S):
-                answer = self._answer(json.loads(await _line(stream)), str(host))
+                answer = self._answer(json.loads(await _line(stream)), host)
                 await stream.send_all(json.dumps(answer).encode() + b"\n")
                 await stream.aclose()
-        except (trio.TooSlowError, trio.BrokenResourceError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            *(trio.TooSlowError, trio.BrokenResourceError, OSError),
+            *(ValueError, TypeError, KeyError, AttributeError, RecursionError),
+        ) as error:
             log.warning("%s: wanted to join, and made no sense: %r", host, error)
         finally:
             self._guests -= 1
@@ -220,6 +230,13 @@ class Invitation:
 # ---- the second node
 
 
+def _without_node(text: str) -> str:
+    """The file without the line that says which node it is read as; a table may have a key of that name."""
+    table = re.search(r"^\s*\[", text, re.MULTILINE)
+    end = table.start() if table else len(text)
+    return _NODE_KEY.sub("", text[:end], count=1) + text[end:]
+
+
 async def join(code: Code, file: Path | None, node: str | None, address: str | None) -> Config:
     """Join the node that gave the code: afterwards this node has its configuration and keys.
 
@@ -263,7 +280,7 @@ async def join(code: Code, file: Path | None, node: str | None, address: str | N
     if "error" in answer:
         raise MirrorfsError(f"{code.address}: {answer['error']}")
     if not path.exists():
-        loaded = _write_and_load(path, f"node = {_toml(name)}\n" + _NODE_KEY.sub("", str(answer["config"]), count=1), name)
+        loaded = _write_and_load(path, f"node = {_toml(name)}\n" + _without_node(str(answer["config"])), name)
     else:
         loaded = configuration.load(path, name)
     if loaded.peer is None or loaded.peer.name != answer["node"]:

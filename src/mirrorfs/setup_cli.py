@@ -68,6 +68,8 @@ def init(
         raise UsageError(f"--promote: the node has to run for that, and it would not be started: {why_not}")
     addresses = {prepared.node.name: (prepared.node.address, *prepared.node.heartbeats)}
     sections = adding.of_options(module, settings or [], vips or [], prepared.mount, addresses)
+    if sections and sections in prepared.file.read_text():
+        sections = ""  # of an `init` that was broken off
     if sections and prepared.peer is not None:
         raise UsageError(f"{prepared.file} names both nodes already: `mirrorfs modules add` puts a module there")
     invitation = Invitation(prepared, sections)
@@ -82,11 +84,11 @@ def init(
     print(f"{invitation.joined} has joined: the nodes of {volume} know each other, {invitation.config.file} names both")
     loaded = configuration.load(prepared.file, prepared.node.name)
     _start_mount(loaded, no_start=no_start)
+    _start_controller(loaded, no_start=no_start)  # before what may come to nothing: it is to be there in any case
     if promote:
         _promote_new(loaded)
     elif _is_new(loaded):
         print("then, once, on the node whose files are to be kept: mirrorfs promote")
-    _start_controller(loaded, no_start=no_start)
 
 
 def join(

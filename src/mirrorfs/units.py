@@ -71,7 +71,7 @@ def start(name: str) -> None:
     """Start a unit, now and with every boot; returns when it is ready. MirrorfsError with what it said if it does not start."""
     try:
         done = _systemctl("enable", "--now", name, timeout_s=_START_S)
-    except subprocess.TimeoutExpired:
+    except _NoAnswerError:
         raise MirrorfsError(f"{name}: is not ready after {_START_S:g} s: `journalctl -u {name}` says what it does") from None
     if done.returncode:
         raise MirrorfsError(f"{name}: does not start: {_last_words(name) or _one_line(done.stderr)} (`journalctl -u {name}`)")
@@ -87,6 +87,10 @@ def make_mount_point(config: Config) -> bool:
     except OSError as error:
         raise MirrorfsError(f"{config.mount}: cannot be made: {error.strerror}") from None
     return True
+
+
+class _NoAnswerError(MirrorfsError):
+    """systemd is busy, or waits for what it was asked for."""
 
 
 def _last_words(name: str) -> str:
@@ -113,5 +117,7 @@ def _systemctl(*arguments: str, timeout_s: float = _ANSWER_S) -> subprocess.Comp
             check=False,
             stdin=subprocess.DEVNULL,
         )
+    except subprocess.TimeoutExpired:
+        raise _NoAnswerError(f"systemctl {arguments[0]} has not answered within {timeout_s:g} s") from None
     except FileNotFoundError:
         raise MirrorfsError("systemctl is not installed, though systemd runs here") from None

@@ -191,6 +191,58 @@ def test_a_node_that_would_not_be_started_cannot_be_promoted(lab: Lab, tmp_path:
     assert done.stderr.count("\n") == 1
 
 
+_SCAN = """
+import socket, ssl, struct, sys
+place = sys.argv[1], int(sys.argv[2])
+for _ in range(5):
+    with socket.create_connection(place) as made:  # and an RST
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+trusting = ssl._create_unverified_context()
+for said in (b"[" * 20_000 + b"\\n", b"{}\\n", b"GET / HTTP/1.1\\r\\n\\r\\n"):
+    with socket.create_connection(place) as made, trusting.wrap_socket(made) as secured:
+        secured.sendall(said)
+        secured.recv(1000)
+"""
+
+
+def test_a_port_scan_does_not_end_the_wait(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    with _without_default_keys(), _Init(lab.one, one) as init:
+        port = str(parse_code(init.code).port)
+        lab.two.run(sys.executable, "-c", _SCAN, ADDRESSES["one"], port, check=True)
+        assert _join(lab.two, init.code, two).returncode == 0
+        assert init.end()[0] == 0
+
+
+def test_init_again_goes_on_where_it_was_and_says_what_would_be_another_volume(lab: Lab, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    options = (
+        "--mount",
+        "/d",
+        "--module",
+        "generic",
+        "--set",
+        "run=commands",
+        "--set",
+        "start=run",
+        "--vip",
+        "10.77.0.9/24@eth0",
+    )
+    with _without_default_keys():
+        with _Init(lab.one, one, *options) as init:
+            assert _join(lab.two, init.code, two).returncode == 0
+            assert init.end()[0] == 0
+        with _Init(lab.one, one, *options) as again:  # as if the answer to the other node had been lost
+            assert _join(lab.two, again.code, two).returncode == 0
+            assert again.end()[0] == 0
+        assert configuration.load(one).shared == configuration.load(two).shared
+        with _Init(lab.one, one, "--mount", "/elsewhere") as other:
+            code, said = other.end()
+        assert code == 2
+        assert said.startswith("mirrorfs: --mount /elsewhere: ")
+        assert "says /d: change it there" in said
+
+
 def test_a_code_is_good_once_and_for_its_node_only(lab: Lab, tmp_path: Path) -> None:
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     _with_places(lab.one, one)
