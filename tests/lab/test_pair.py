@@ -172,10 +172,13 @@ def test_exec_runs_on_the_host_and_passes_everything_on(lab: Lab) -> None:
 
 
 def test_a_process_that_exec_left_behind_ends_with_the_lab(tmp_path: Path) -> None:
-    with Lab.create(tmp_path / "lab") as lab:
-        left = lab.one.popen("sleep", "1000")
+    stays = ("sh", "-c", "echo there; exec sleep 1000")
+    with Lab.create(tmp_path / "lab") as lab, lab.one.popen(*stays, stdout=subprocess.PIPE, text=True) as left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == "there\n"  # and not still on its way into the namespace
         assert lab.one.pids() == []  # not the node's
-    assert left.wait(10) == -9
+        lab.down()
+        assert left.wait(10) == -9
 
 
 def test_a_node_can_be_stopped_and_started(lab: Lab) -> None:
