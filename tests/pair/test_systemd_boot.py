@@ -386,7 +386,7 @@ def test_a_machine_that_cannot_be_prepared_is_not_started_and_can_be_mended(fres
     fresh.one.wait_for(lambda: fresh.one.is_active("app"), "the service runs")
 
     # Under a service that runs nothing is prepared: neither when a machine is introduced again, nor if it is asked for.
-    fresh.acquaint()
+    fresh.acquaint("--mount", "/data/volume")
     refused = fresh.one.result("mirrorfs", "prepare")
     assert (refused.returncode, refused.stdout.count("\n")) == (1, 1)
     assert "the controller of db runs here, and a service would be stopped under it: stop it first" in refused.stdout
