@@ -2,9 +2,7 @@
 
 import json
 import logging
-import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -40,10 +38,9 @@ class NodePort(Protocol):
 class Observer:
     """What all pages of the console show."""
 
-    def __init__(self, node: NodePort, state_dir: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, node: NodePort, state_dir: Path) -> None:
         self.node = node
         self._lines = Lines(state_dir / "console-events.jsonl")
-        self._clock = clock
         self._history: deque[Seen] = deque(maxlen=int(pictures.WINDOW_S / _LOOK_S) + 2)
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._news = trio.Event()
@@ -64,6 +61,7 @@ class Observer:
                 measures = await self._measures()
                 try:
                     self._look(measures, nursery)
+                    self._failure = ""
                 except Exception as error:  # a status that it does not understand must not end what people are doing here
                     if repr(error) != self._failure:
                         log.exception("the console cannot show what it sees")

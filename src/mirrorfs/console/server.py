@@ -8,8 +8,9 @@ import logging
 import math
 import socket
 import ssl
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +38,8 @@ _MOST_CONNECTIONS: Final = 200
 _MOST_OF_ONE: Final = 100
 _TELL_S: Final = 60.0
 _LOOK_S: Final = 1.0
+#: How often the node's own certificate is looked into: whether it ends soon.
+_CERTIFICATE_S: Final = 3600.0
 #: After so long a connection ends on which what is sent is not taken.
 _DEAF_MS: Final = 30_000
 
@@ -55,7 +58,8 @@ async def serve(config: Config, node: NodePort) -> None:
             log.exception("the console failed, it is started again in %g s", _AGAIN_S)
         except BaseExceptionGroup as group:
             cancelled, failed = group.split(trio.Cancelled)
-            log.error("the console failed at its end", exc_info=failed)
+            if failed is not None:
+                log.error("the console failed at its end", exc_info=failed)
             if cancelled is None:
                 raise
             raise cancelled from None
@@ -74,12 +78,12 @@ class _Prepared:
     users: Users
     loaded: tuple[int, ...] = ()
     failure: str = ""
+    certificate_seen_s: float = field(default_factory=time.monotonic)
 
     @classmethod
     def make(cls, config: Config) -> "_Prepared":
         """Raises MirrorfsError. Waits for the disk, as `look` does."""
         server = ServerConfig()
-        server.certfile = server.keyfile = ""
         server.alpn_protocols = ["http/1.1"]
         server.include_server_header = False
         server.ssl_handshake_timeout = 10
@@ -102,7 +106,9 @@ class _Prepared:
         failure = ""
         try:
             self.users.refresh()
-            _certificate(self.config)
+            if (now_s := time.monotonic()) - self.certificate_seen_s >= _CERTIFICATE_S:
+                self.certificate_seen_s = now_s
+                _certificate(self.config)
             if (now := _stamp(self.certificate, self.key)) != self.loaded:
                 self.context.load_cert_chain(self.certificate, self.key)
                 self.loaded = now
