@@ -97,7 +97,7 @@ class Changes:
         change = contents.bounded(change)
         if not self._is_open:
             change = ops.owned(change)
-            await self._admitted()
+            await self._admitted(change)
         old_size = 0
         if self.activity.dirty.tracking:
             old_size, cold = self._marking.look(change, target)
@@ -349,7 +349,7 @@ class Changes:
         """Whether a change may begin at once."""
         return self.mode is Mode.MIRRORED or (self.mode is Mode.ALONE and self.copier is None)
 
-    async def _admitted(self) -> None:
+    async def _admitted(self, change: ops.Change | None = None) -> None:
         """Wait until a change may begin: InterruptedError if who asked for it does not want to wait any more."""
         if self._is_open:
             return
@@ -361,6 +361,9 @@ class Changes:
                 await self._wait_for_change(may_give_up=True)
             elif self.copier is not None and self.copier.stream.link.queued_bytes > _MAX_QUEUED_BYTES:
                 await trio.sleep(0.005)
+            elif change is not None and isinstance(self.copier, CatchUp):
+                await self.copier.turns.take(change)
+                change = None  # once
             else:
                 return
 

@@ -29,16 +29,22 @@ _SWITCH_S: Final = 0.0005
 _ROUNDS: Final = 3
 
 
-class _Waiting(trio.abc.Instrument):
-    """Whether a task of trio's is ready to run, besides the reactor's own."""
+class _Ready(trio.abc.Instrument):
+    """The tasks of trio that are ready to run and have not run yet, besides the reactor's own."""
 
     def __init__(self) -> None:
-        self.is_there = False
         self.own: trio.lowlevel.Task | None = None
+        self._tasks = set[trio.lowlevel.Task]()
+
+    def __bool__(self) -> bool:
+        return bool(self._tasks)
 
     def task_scheduled(self, task: trio.lowlevel.Task) -> None:
         if task is not self.own:
-            self.is_there = True
+            self._tasks.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._tasks.discard(task)
 
 
 class Reactor:
@@ -52,7 +58,7 @@ class Reactor:
         self._sources[self._kick] = self._kicked
         self._sleeps = False
         self._credit_s = 0.0
-        self._waiting = _Waiting()
+        self._ready = _Ready()
         self.strands = Strands(self.wake)
 
     def add(self, descriptor: int, serve: Callable[[], None]) -> None:
@@ -78,8 +84,8 @@ class Reactor:
         """Serve until cancelled."""
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
-        self._waiting.own = trio.lowlevel.current_task()
-        trio.lowlevel.add_instrument(self._waiting)
+        self._ready.own = trio.lowlevel.current_task()
+        trio.lowlevel.add_instrument(self._ready)
         try:
             async with trio.open_nursery() as nursery:
                 self.strands.nursery = nursery
@@ -91,7 +97,7 @@ class Reactor:
                         await self._sleep()
         finally:
             sys.setswitchinterval(before)
-            trio.lowlevel.remove_instrument(self._waiting)
+            trio.lowlevel.remove_instrument(self._ready)
             self.strands.end()
             self.strands.nursery = None
 
@@ -102,9 +108,8 @@ class Reactor:
 
     async def _let_others_run(self) -> None:
         for _ in range(_ROUNDS):
-            self._waiting.is_there = False
             await trio.lowlevel.checkpoint()
-            if not self._waiting.is_there:
+            if not self._ready:
                 return
 
     async def _sleep(self) -> None:
@@ -133,9 +138,11 @@ class Reactor:
                 self._credit_s = min(self._credit_s + (now - worked) * _CREDIT_OF_WORK, _MOST_CREDIT_S)
                 worked = now
                 if now > look_at:
-                    if now - began > _TURN_S or self._waiting.is_there:
+                    if now - began > _TURN_S or self._ready:
                         return True
                     look_at = now + _SHORT_TURN_S
+            elif self._ready:
+                return True  # a resync, for one: it has work, and none of it comes by way of a descriptor
             elif self._credit_s < _LOOK_S:
                 return False  # a look that is too short is always in vain: save up for a whole one
             elif now - worked > _LOOK_S:

@@ -128,3 +128,25 @@ async def test_many_syncs_at_once_all_end(reactor: Reactor, tmp_path: Path) -> N
             nursery.start_soon(syncs.sync, file, True)
     os.close(file)
     syncs.close()
+
+
+async def test_it_does_not_look_again_for_requests_while_a_task_is_ready_to_run(
+    reactor: Reactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    looks = []
+
+    def serve() -> None:
+        far.recv(100)
+        sum(range(4000))  # work, for which it may look again
+
+    reactor.add(far.fileno(), serve)
+    monkeypatch.setattr(os, "sched_yield", lambda: looks.append(True))
+    for _ in range(500):
+        near.send(b"x")
+        await trio.lowlevel.checkpoint()
+    monkeypatch.undo()
+    reactor.remove(far.fileno())
+    assert not looks
+    near.close()
+    far.close()

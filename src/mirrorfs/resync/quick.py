@@ -36,6 +36,7 @@ from mirrorfs.resync.finding import CannotCatchUpError, Finder
 from mirrorfs.resync.reports import Report, unpack_wanted
 from mirrorfs.resync.sending import DEFAULT, ENTRY_COST, TURN_S, Sender, ids_in
 from mirrorfs.resync.survey import data_bytes
+from mirrorfs.resync.turns import Turns
 from mirrorfs.stream import Stream
 from mirrorfs.table import Known
 from mirrorfs.tree import Tree
@@ -79,6 +80,7 @@ class CatchUp(Sender):
     ) -> None:
         super().__init__(tree, stream, settings)
         self.live = False
+        self.turns = Turns()
         self._estimates: dict[int, int] = {}
         self.brought = Brought(dirty)
         self._work = dirty.all()
@@ -159,6 +161,7 @@ class CatchUp(Sender):
 
     async def _equal_names(self) -> None:
         while True:
+            self.turns.begin_round()
             batch, self._work.names = self._work.names, {}
             if batch:
                 self._finder.explained.add(Generation(batch))
@@ -175,6 +178,7 @@ class CatchUp(Sender):
             if self.stream.broken:
                 return
         self.live = True
+        self.turns.end()
         self.stream.put(ops.NamesEqual())
         for number, marks in self._work.files.items():
             self._estimate(number, marks.estimated_bytes)
@@ -244,6 +248,7 @@ class CatchUp(Sender):
                 self._linked[status.st_ino] = file
             if file >= self._first_new:
                 to_place.add(name)  # nothing of it is marked: whatever the target has is refreshed
+        self.turns.brought(len(found))
         await self._put_gather(number, found, complete=names is None)
         return more
 
@@ -253,8 +258,7 @@ class CatchUp(Sender):
         self._unlisted.add(directory.id)
         more = list[int]()
         for name in search.directories_in(self.tree.table.descriptor(directory)):
-            seen = self._peek(directory, name)
-            if seen is not None:
+            if (seen := self._peek(directory, name)) is not None:
                 number, _ = seen
                 self._finder.note(number, directory.id, name)
                 if number >= self._first_new:
@@ -307,6 +311,7 @@ class CatchUp(Sender):
 
     async def _place_names(self, directory: Known, names: list[bytes]) -> None:
         """Small new files that are not in memory after the others, when the disk has brought them."""
+        self.turns.brought(len(names) if directory.id in self._unlisted else 0)
         cold = await self._place_what_is_there(directory, names)
         for at in range(0, len(cold), whole.READ_AT_ONCE):
             piece = cold[at : at + whole.READ_AT_ONCE]
@@ -424,7 +429,8 @@ class CatchUp(Sender):
         match frame.kind:
             case Kind.WANTED:
                 for directory, names in unpack_wanted(frame):
-                    self._on_wanted(directory, names)
+                    before = self._to_place.get(directory, set())
+                    self._to_place[directory] = None if names is None or before is None else before | names
             case Kind.LACKED:
                 # These it has made anew: they are wholly dirty.
                 for number in ids_in(frame):
@@ -433,10 +439,6 @@ class CatchUp(Sender):
             case _:
                 return super().on_frame(frame)
         return True
-
-    def _on_wanted(self, directory: int, names: set[bytes] | None) -> None:
-        to_place = self._to_place.get(directory, set())
-        self._to_place[directory] = None if names is None or to_place is None else to_place | names
 
     def _hold(self, known: Known) -> None:
         known.kept += 1
