@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mirrorfs.lab import attacks
 from mirrorfs.lab.configuration import PORT
 from mirrorfs.lab.network import ADDRESSES
 from mirrorfs.lab.pair import Lab, wait_for
@@ -92,6 +93,14 @@ def test_connections_of_the_other_node_that_say_nothing_are_bounded_and_end(lab:
     finally:
         flood.communicate("", timeout=60)
     assert lab.is_mirrored()
+
+
+def test_no_attack_moves_the_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Wrong certificates, slow handshakes, captured frames and heartbeats: epoch, in-sync set and service stay as they are.
+    assert attacks.run(directory=tmp_path, rounds=1, seconds=0.5) == 0
+    printed = capsys.readouterr().out.splitlines()[1:]
+    assert len(printed) == len(attacks.ATTACKS)
+    assert not [line for line in printed if line.split()[-1] == "0"]
 
 
 def _interface(lab: Lab) -> str:

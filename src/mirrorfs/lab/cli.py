@@ -186,6 +186,9 @@ def bench(
         bool, typer.Option("--full", help="With --returns: also a million files, and a million writes alone.")
     ] = False,
     drills: Annotated[bool, typer.Option("--failovers", help="Measure failovers instead, a table of seconds.")] = False,
+    attacks: Annotated[
+        bool, typer.Option("--attacks", help="Measure what an attacker on the nodes' network costs instead.")
+    ] = False,
     runs: Annotated[int, typer.Option(min=1, help="With --failovers: how often each.")] = 20,
     drill: Annotated[list[str] | None, typer.Option("--drill", help="With --failovers: this one. Repeatable.")] = None,
 ) -> None:
@@ -194,6 +197,10 @@ def bench(
         from mirrorfs.lab import drills as story
 
         raise typer.Exit(story.run(directory=directory, runs=runs, only=drill or [], as_json=False))
+    if attacks:
+        from mirrorfs.lab import attacks as attacked
+
+        raise typer.Exit(attacked.run(directory=directory, rounds=rounds, seconds=seconds))
     if returns:
         from mirrorfs.lab import returns as costs
 
