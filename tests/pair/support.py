@@ -6,9 +6,11 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,38 @@ class Load:
             notes = [json.loads(line) for line in self.notes[kind].read_text().splitlines()]
             lost += [f"{kind}: {text}" for text in _missing_of(kind, mount / self.name, notes)]
         return lost
+
+
+@dataclass(slots=True)
+class Client:
+    """Commits one number after the other as long as the block lasts, and keeps those whose commit was acknowledged."""
+
+    commit: Callable[[int], bool]
+    noted: list[int] = field(default_factory=list)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Client":
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stopping.is_set():
+            number += 1  # never the same twice: one that was not acknowledged may be there all the same
+            if self.commit(number):
+                self.noted.append(number)
+
+    def wait_noted(self, more: int) -> None:
+        """Wait until so many more were acknowledged."""
+        goal = len(self.noted) + more
+        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", 90)
 
 
 def _content(file: Path) -> bytes:
