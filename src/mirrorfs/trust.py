@@ -59,6 +59,11 @@ class Trust:
         return self.directory / "peer.pem"
 
     @property
+    def shared_key_files(self) -> tuple[Path, Path]:
+        """What shared keys are made of."""
+        return self._key, self.peer
+
+    @property
     def _key(self) -> Path:
         return self.directory / "identity.key"
 

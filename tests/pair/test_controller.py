@@ -1,7 +1,11 @@
 """Two controllers on a real pair: a small service behind a virtual address, and what happens to it."""
 
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -299,6 +303,33 @@ def test_with_another_configuration_on_the_other_node_nothing_happens_by_itself(
     site.kill_host("one")
     wait_for(lambda: "failover.detection_timeout" in trouble(site, "two"), "two says why it does nothing")
     assert site.posture("two") in ("idle", "taking")
+
+
+def hears(site: Cluster, name: str) -> bool:
+    said = site.says(name)
+    return said is not None and bool(said["peer"]["heard"])
+
+
+def test_controllers_hear_each_other_again_after_a_node_was_replaced(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    one, two = site.lab.one, site.lab.two
+    site.kill_controller("two")
+    two.stop()
+    wait_for(lambda: not hears(site, "one"), "the controller that stays hears nobody")
+    shutil.rmtree(two.keys)
+    mirrorfs = (sys.executable, "-m", "mirrorfs")
+    init = one.popen(*mirrorfs, "init", "lab", "--config", one.config, stdout=subprocess.PIPE, text=True)
+    assert init.stdout is not None
+    code = next(found[1] for line in init.stdout if (found := re.search(r"mirrorfs join (\S+)", line)))
+    two.run(*mirrorfs, "join", code, "--config", two.config, check=True)
+    init.communicate(timeout=60)
+    assert init.returncode == 0
+    two.start()
+    site.start_controller("two")
+    wait_for(lambda: hears(site, "one") and hears(site, "two"), "both hear each other")
+    site.lab.wait_mirrored()
+    assert "serves" in site.command("two", "promote")
+    wait_served_by(site, "two")
 
 
 def test_a_controller_without_its_keys_says_what_to_do(make_cluster: Callable[..., Cluster]) -> None:
