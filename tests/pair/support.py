@@ -26,6 +26,38 @@ WRITER_KINDS = ("append", "append-fsync", "overwrite", "names", "tree")
 DURABLE_KINDS = ("append-fsync", "append-dsync", "overwrite-fdatasync", "overwrite-msync", "names-fsync")
 
 
+#: A server on port 7000 (Python; its argument is a file). It says of a number that it is told that it is kept once it is on
+#: stable storage.
+NUMBERS = """\
+import os, socket, sys
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+server = socket.create_server(("", 7000))
+while True:
+    connection, _ = server.accept()
+    with connection:
+        try:
+            said = connection.recv(100)
+        except ConnectionError:
+            continue
+        if said:
+            os.write(file, said + bytes([10]))
+            os.fsync(file)
+            connection.sendall(b"kept")
+"""
+#: Tells it one (Python; its arguments are the address and the number); exit status 0 if that is kept.
+TELL = """\
+import socket, sys
+with socket.create_connection((sys.argv[1], 7000), timeout=1) as made:
+    made.sendall(sys.argv[2].encode())
+    sys.exit(made.recv(100) != b"kept")
+"""
+
+
+def numbers(file: Path) -> set[int]:
+    """What NUMBERS has kept in its file."""
+    return set(map(int, file.read_text().split()))
+
+
 def mirrorfs(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `mirrorfs ARGUMENTS` for the host's node."""
     command = [sys.executable, "-m", "mirrorfs", *arguments, "--config", str(host.config)]
