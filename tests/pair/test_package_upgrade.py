@@ -78,9 +78,9 @@ def test_a_pair_is_upgraded_by_the_commands_of_the_page_and_the_application_move
             machine = machines[host]
             if command.startswith("apt-get install"):
                 assert command == "apt-get install ./mirrorfs_NEW.deb"
+                machine.run("dpkg", "--install", "/root/mirrorfs_NEW.deb")
                 assert not machine.is_active(MOUNT)
                 assert not machine.is_active(CONTROLLER)
-                machine.run("dpkg", "--install", "/root/mirrorfs_NEW.deb")
             else:
                 machine.run("sh", "-c", command)
             if command == "mirrorfs resume":

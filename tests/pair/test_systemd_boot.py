@@ -278,8 +278,7 @@ def test_the_controller_looks_after_a_service_of_systemd(pair: Pair) -> None:
         pair.one.wait_for(lambda: _serves(pair.one), "the new controller has adopted it")
 
         pair.two.run("mirrorfs", "switchover")
-        assert pair.two.is_active("app")
-        pair.two.wait_for(lambda: _serves(pair.two), "its address is on two, after the services")
+        assert _serves(pair.two)
         assert not pair.one.is_active("app")
         pair.wait_mirrored(primary=pair.two)
 
