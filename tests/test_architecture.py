@@ -28,6 +28,7 @@ ORDER = [
     "split_brain_show",
     "joining",
     "modules",
+    "config_file",
     "units",
     "preparing",
     "support",

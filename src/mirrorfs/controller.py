@@ -5,6 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -16,7 +18,7 @@ from mirrorfs.console.picture import Seen
 from mirrorfs.errors import ConfigError
 from mirrorfs.failover import Controller
 from mirrorfs.failover_memory import Memory
-from mirrorfs.heartbeat import Heartbeats, load_key
+from mirrorfs.heartbeat import KEY_LOOK_S, Heartbeats, KeyFiles, load_key
 from mirrorfs.services import Services
 from mirrorfs.trust import Trust
 from mirrorfs.vip import Addresses
@@ -56,15 +58,14 @@ def run(config: Config) -> None:
     """`mirrorfs controller`, in the foreground until it is told to stop. Raises MirrorfsError for what a person can mend."""
     if config.failover is None or config.peer is None:
         raise ConfigError(f"{config.file}: failover: missing, add [failover]: the controller needs it")
-    file = config.failover.key_file
-    key = Trust(config.node.keys).shared_key(f"heartbeats {config.volume}") if file is None else load_key(file)
+    keys = _keys(config, config.failover.key_file)
     state = config.node.state_dir.resolve()
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     if config.console.enabled:
         _load_console()
     lock = backing.lock_file(state / "controller.lock", f"{state}: another mirrorfs controller uses it: stop it first")
     try:
-        trio.run(_run, config, key)
+        trio.run(_run, config, keys)
     finally:
         os.close(lock)
 
@@ -80,7 +81,23 @@ def _load_console() -> Callable[[Config, NodePort], Awaitable[None]] | None:
     return serve
 
 
-async def _run(config: Config, key: bytes) -> None:
+def _keys(config: Config, file: Path | None) -> KeyFiles:
+    if file is not None:
+        return KeyFiles(partial(load_key, file), [file])
+    trust = Trust(config.node.keys)
+    return KeyFiles(partial(trust.shared_key, f"heartbeats {config.volume}"), trust.shared_key_files)
+
+
+async def _renew_key(heart: Heartbeats, keys: KeyFiles) -> None:
+    """What nodes that were introduced to each other anew hear each other with."""
+    while True:
+        await trio.sleep(KEY_LOOK_S)
+        if keys.refresh():
+            heart.use_key(keys.key)
+            log.info("the heartbeats have another key from now on")
+
+
+async def _run(config: Config, keys: KeyFiles) -> None:
     settings, peer, state = config.failover, config.peer, config.node.state_dir
     assert settings is not None
     assert peer is not None
@@ -89,13 +106,16 @@ async def _run(config: Config, key: bytes) -> None:
     addresses = Addresses(settings.vips, up_command=settings.vip_up, down_command=settings.vip_down)
     services = Services(settings.services, state / "services")
     controller = Controller(config, settings, memory, mount, addresses, services)
-    heart = Heartbeats(config.volume, config.node, peer, settings.port, key, content=controller.say, on_heard=controller.hear)
+    heart = Heartbeats(
+        config.volume, config.node, peer, settings.port, keys.key, content=controller.say, on_heard=controller.hear
+    )
     controller.heart = heart
     mount.on_change = controller.wake
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mount.run)
         await nursery.start(addresses.run)
         await nursery.start(heart.run)
+        nursery.start_soon(_renew_key, heart, keys)
         await nursery.start(control.serve, config.node.controller, controller.on_command)
         await nursery.start(controller.run)
         log.info("the controller of %s runs", config.node.name, extra={"event": "controller-ready"})

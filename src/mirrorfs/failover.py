@@ -28,6 +28,7 @@ _REQUEST_S: Final = 30.0
 _STATES: Final = {"primary": Mount.LEADS, "solo": Mount.LEADS, "standby": Mount.FOLLOWS, "resyncing": Mount.BEHIND}
 #: More rules than this in one look would be two that undo each other.
 _MOST_RULES: Final = 10
+_UNDER_WAY: Final = "it is under way: `mirrorfs status` says how far"
 #: A rule is not logged again while it is one of so many that were taken last.
 _TOLD: Final = 4
 
@@ -70,6 +71,8 @@ class _Peer:
     posture: Posture = Posture.IDLE
     asks: bool = False
     refuses: str = ""
+    #: Whether its addresses are there, as far as it says so: earlier versions do not.
+    reachable: bool = True
     stop_s: float | None = None
 
 
@@ -285,6 +288,7 @@ class Controller:
             "refuses": self._refusal if self._peer.asks else "",
             "maintenance": [self._memory.maintenance_count, self._memory.maintenance],
             "macs": self.application.macs(),
+            "reachable": self.application.is_reachable,
             "stop_s": self._memory.stop_s,
         }
 
@@ -301,6 +305,7 @@ class Controller:
                 posture,
                 bool(content["asks"]),
                 str(content["refuses"]),
+                bool(content.get("reachable", True)),
                 None if stop_s is None else float(stop_s),
             )
             self._memory.hear(int(count), bool(on), macs)
@@ -320,7 +325,7 @@ class Controller:
         if view.mount is Mount.LEADS:
             return f"{self.config.node.name} is the primary already"
         if view.mount is Mount.FOLLOWS and view.hears and not force:
-            return await self._take_it()
+            return await self._take_it(self._limits.ask_s)
         answer = await self._mount.ask("promote", timeout_s=_REQUEST_S, yes=yes, force=force)
         self.wake()
         return str(answer["message"])
@@ -334,43 +339,64 @@ class Controller:
             "services": {"stop_s": self._peer.stop_s if moves else 0.0, "start_s": self._memory.start_s},
         }
 
-    async def switch_over(self) -> str:
-        """Move the application to the other node, whichever that is."""
+    async def switch_over(self, within_s: float, *, wait: bool = True) -> str:
+        """Move the application to the other node, whichever that is, and wait until it is served at its addresses there.
+
+        `wait`: else only until it is under way. Raises RefusedError if it cannot be moved, MirrorfsError if it does not serve
+        there within `within_s` seconds; what is under way goes on then.
+        """
         view = self.view()
         if view.mount is not Mount.LEADS:
             if view.mount is not Mount.FOLLOWS or not view.hears:
                 raise RefusedError(
                     f"{self.config.node.name} is not in sync ({view.mount}), or the other controller is not heard"
                 )
-            return await self._take_it()
+            return await self._take_it(within_s, wait=wait)
         if not view.peer_can_take:
             raise RefusedError("the other node cannot take over now: look at `mirrorfs status` on both")
-        began, self._give = trio.current_time(), True
+        began, gone, self._give = trio.current_time(), False, True
         self.wake()
         try:
-            with trio.move_on_after(self._limits.ask_s):
-                while self._peer.posture is not Posture.SERVING or self.posture is not Posture.IDLE:
+            with trio.move_on_after(within_s):
+                while not self._peer_serves or self.posture is not Posture.IDLE:
+                    if not wait and self.posture in (Posture.YIELDING, Posture.GIVING):
+                        return _UNDER_WAY
+                    gone |= self.posture is Posture.IDLE
                     if not self._give and self.posture in (Posture.SERVING, Posture.STARTING):
-                        raise MirrorfsError(f"not given: {self.application.trouble or self.reason}")
+                        came_back = "the other node could not start it: look at `mirrorfs status` there" if gone else ""
+                        raise MirrorfsError(f"not given: {came_back or self.application.trouble or self.reason}")
+                    if self._peer.posture is Posture.HELD:
+                        raise MirrorfsError("the other node does not serve, it is held: `mirrorfs status` there says why")
                     await self._news.wait()
                 return f"the other node serves, after {trio.current_time() - began:.1f} s"
         finally:
             self._give = False  # not by surprise, when the other node is able again, or when nobody waits for it any more
-        raise MirrorfsError(f"the other node does not serve after {self._limits.ask_s:g} s: look at `mirrorfs status` there")
+        lacks = "serves without its addresses" if self._peer.posture is Posture.SERVING else "does not serve"
+        raise MirrorfsError(f"the other node {lacks} after {within_s:g} s: look at `mirrorfs status` there")
 
-    async def _take_it(self) -> str:
+    @property
+    def _peer_serves(self) -> bool:
+        return self._peer.posture is Posture.SERVING and self._peer.reachable
+
+    async def _take_it(self, within_s: float, *, wait: bool = True) -> str:
         began, self._take = trio.current_time(), True
         self.wake()
         try:
-            with trio.move_on_after(self._limits.ask_s):
-                while self.posture is not Posture.SERVING:
+            with trio.move_on_after(within_s):
+                while self.posture is not Posture.SERVING or not self.application.is_reachable:
                     await self._news.wait()
+                    if not wait and self.posture in (Posture.ASKING, Posture.STARTING, Posture.SERVING):
+                        return _UNDER_WAY
                     if not self._take and self.posture in (Posture.IDLE, Posture.HELD):
                         raise MirrorfsError(f"not taken over: {self._peer.refuses or self.application.trouble or self.reason}")
                 return f"{self.config.node.name} serves, after {trio.current_time() - began:.1f} s"
         finally:
             self._take = False
-        raise MirrorfsError(f"the other node did not give it within {self._limits.ask_s:g} s: look at its `mirrorfs status`")
+        if self.posture is Posture.ASKING:
+            raise MirrorfsError(f"the other node did not give it within {within_s:g} s: look at its `mirrorfs status`")
+        lacks = "serves without its addresses" if self.posture is Posture.SERVING else "does not serve"
+        trouble = self.application.trouble or "look at `mirrorfs status`"
+        raise MirrorfsError(f"{self.config.node.name} {lacks} after {within_s:g} s: {trouble}")
 
     def maintain(self, *, on: bool) -> str:
         """Do nothing automatically, on both nodes, or do it again; ends a hold too."""
@@ -390,7 +416,8 @@ class Controller:
             case "promote":
                 return {"message": await self.promote(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))}
             case "switchover":
-                return {"message": await self.switch_over()}
+                within_s = float(arguments.get("within_s", self._limits.ask_s))
+                return {"message": await self.switch_over(within_s, wait=bool(arguments.get("wait", True)))}
             case "maintenance":
                 return {"message": self.maintain(on=bool(arguments.get("on")))}
             case _:

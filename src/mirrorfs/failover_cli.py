@@ -27,14 +27,14 @@ def has_controller(loaded: Config) -> bool:
     return True
 
 
-def say(loaded: Config, command: str, **arguments: bool) -> None:
+def say(loaded: Config, command: str, *, timeout_s: float = SWITCH_S, **arguments: Any) -> None:
     """Ask the controller of this node and print what it answers; meanwhile, what it does."""
     socket = loaded.node.controller
     answer = Future[dict[str, Any]]()
 
     def ask() -> None:
         try:
-            answer.set_result(control.request(socket, command, timeout_s=SWITCH_S, **arguments))
+            answer.set_result(control.request(socket, command, timeout_s=timeout_s, **arguments))
         except BaseException as error:
             answer.set_exception(error)
 
@@ -54,9 +54,22 @@ def preview(loaded: Config, *, yes: bool, force: bool) -> dict[str, Any]:
     return control.request(socket, "promote", dry_run=True, yes=yes, force=force)
 
 
-def switchover(context: typer.Context, config: ConfigFile = None, node: NodeName = None) -> None:
-    """Move the application to the other node, from either node: addresses, services, role. Needs both controllers."""
-    say(load(context, config, node), "switchover")
+def switchover(
+    context: typer.Context,
+    *,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86400, metavar="SECONDS", help="So long it may take; what is under way then goes on.")
+    ] = 120,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is under way.")] = False,
+    config: ConfigFile = None,
+    node: NodeName = None,
+) -> None:
+    """Move the application to the other node, from either node, and wait until it answers at its addresses there.
+
+    Exit status 0 says that it is served there. Needs both controllers.
+    """
+    loaded = load(context, config, node)
+    say(loaded, "switchover", timeout_s=timeout + STATUS_TIMEOUT_S, within_s=timeout, wait=not no_wait)
 
 
 def maintenance(

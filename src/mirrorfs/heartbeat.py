@@ -11,7 +11,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ from mirrorfs.errors import ConfigError, MirrorfsError
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
+KEY_LOOK_S: Final = 1.0
 
 #: The least pause after a beat, as a part of the interval.
 _GAP: Final = 0.1
@@ -100,6 +101,40 @@ def make_key(path: Path) -> None:
     except OSError as error:
         path.unlink(missing_ok=True)
         raise MirrorfsError(f"{path}: cannot be written ({error.strerror}), make room there") from None
+
+
+class KeyFiles:
+    """The key that files come to, looked at again while a controller runs: nodes may be introduced to each other anew."""
+
+    def __init__(self, read: Callable[[], bytes], files: Sequence[Path]) -> None:
+        """`read` makes the key of what is in `files`; raises what it does."""
+        self._read = read
+        self._files = files
+        self._seen = self._look()  # first: what changes in between is another key
+        self.key = read()
+
+    def refresh(self) -> bool:
+        """Whether it is another key now. One that cannot be had is told, and the one before stays."""
+        if (seen := self._look()) == self._seen:
+            return False
+        self._seen, before = seen, self.key
+        try:
+            self.key = self._read()
+        except (MirrorfsError, OSError, ValueError) as error:
+            log.warning("the key of the heartbeats stays what it was: %s", error)
+        return self.key != before
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_version(file) for file in self._files]
+
+
+def _version(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from what it is replaced by, or overwritten with; None if there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_ctime_ns
 
 
 @dataclass(slots=True)
@@ -202,6 +237,10 @@ class Heartbeats:
     def poke(self) -> None:
         """Send a beat at once (and no sooner than a tenth of the interval after the last one): there is something to say."""
         self._poked.set()
+
+    def use_key(self, key: bytes) -> None:
+        """From now on, for what is sent and what is heard."""
+        self._key = key
 
     @property
     def heard_ever(self) -> bool:

@@ -25,9 +25,10 @@ import trio
 from pyroute2 import IPRoute
 
 from mirrorfs import config as configuration
+from mirrorfs import config_file
 from mirrorfs.config import Config
 from mirrorfs.errors import ConfigError, MirrorfsError, UsageError
-from mirrorfs.trust import Trust, fingerprint, write_durably
+from mirrorfs.trust import Trust, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,15 @@ class Invitation:
     _guests: int = 0
     _done: trio.Event = field(default_factory=trio.Event)
 
+    def check(self) -> None:
+        """ConfigError if the file could not have another node beside what it says and the sections, whichever that is."""
+        try:
+            self._text("other" if self.config.node.name != "other" else "another", "other.invalid")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; so it would be with the other node in it: name both there before `mirrorfs init`"
+            ) from None
+
     async def wait(self, seconds: float, *, task_status: trio.TaskStatus[Code]) -> None:
         """Wait for the second node; MirrorfsError if it did not come, or somebody guessed at the secret."""
         trust = Trust(self.config.node.keys)
@@ -198,7 +208,7 @@ class Invitation:
             text = self._text(name, address)
             Trust(self.config.node.keys).pin(identity)
             if peer is None:
-                _write(self.config.file, text)
+                config_file.write(self.config.file, text)
         except MirrorfsError as error:
             return {"error": str(error)}
         self.joined = name
@@ -218,12 +228,7 @@ class Invitation:
         text += f"\n[nodes.{_toml(name)}]\naddress = {_toml(address)}\n"
         text += f"port = {port}\n" if port != configuration.DEFAULT_PORT else ""
         text += f"\n{self.sections}" if self.sections else ""
-        fresh = self.config.file.with_name(f".{self.config.file.name}.joining")
-        _write(fresh, text)
-        try:
-            configuration.load(fresh, self.config.node.name)
-        finally:
-            fresh.unlink()
+        config_file.check(self.config.file, text, self.config.node.name)
         return text
 
 
@@ -331,19 +336,7 @@ def _toml(text: str) -> str:
 
 
 def _write_and_load(path: Path, text: str, node: str) -> Config:
-    """A file that is new: it stays only if it is one."""
-    _write(path, text)
-    try:
-        return configuration.load(path, node)
-    except ConfigError:
-        path.unlink()
-        raise
-
-
-def _write(path: Path, text: str) -> None:
-    """Put a file there as a whole, durably; MirrorfsError if that cannot be."""
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_durably(path, text.encode(), 0o644)
-    except OSError as error:
-        raise MirrorfsError(f"{path}: cannot be written ({error.strerror}), are you root?") from None
+    """A file that is new."""
+    config_file.check(path, text, node)
+    config_file.write(path, text)
+    return configuration.load(path, node)

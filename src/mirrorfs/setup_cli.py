@@ -73,6 +73,7 @@ def init(
     if sections and prepared.peer is not None:
         raise UsageError(f"{prepared.file} names both nodes already: `mirrorfs modules add` puts a module there")
     invitation = Invitation(prepared, sections)
+    invitation.check()
 
     async def wait() -> None:
         async with trio.open_nursery() as nursery:

@@ -59,6 +59,11 @@ class Trust:
         return self.directory / "peer.pem"
 
     @property
+    def shared_key_files(self) -> tuple[Path, Path]:
+        """What shared keys are made of."""
+        return self._key, self.peer
+
+    @property
     def _key(self) -> Path:
         return self.directory / "identity.key"
 
@@ -267,11 +272,13 @@ def _public(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def write_durably(path: Path, content: bytes, mode: int) -> None:
-    """Put a file there as a whole, in place of what was there; OSError if that cannot be."""
+def write_durably(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None = None) -> None:
+    """Put a file there as a whole, in place of what was there; OSError if that cannot be. `owner` are user and group."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as file:
+        if owner is not None:
+            os.fchown(descriptor, *owner)
         os.fchmod(descriptor, mode)
         file.write(content)
         file.flush()

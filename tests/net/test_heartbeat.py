@@ -22,7 +22,7 @@ from mirrorfs.config import NodeConfig
 from mirrorfs.core import beats
 from mirrorfs.core.beats import Beat, Echo
 from mirrorfs.errors import ConfigError, MirrorfsError
-from mirrorfs.heartbeat import Heartbeats, load_key, make_key
+from mirrorfs.heartbeat import Heartbeats, KeyFiles, load_key, make_key
 
 KEY = b"k" * 32
 SESSION = b"session1"
@@ -475,6 +475,24 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> Non
     assert refusal(partial(load_key, path)) == (
         f"{path}: the key has the mode {mode:04o} and may not be secret, make it 0600: chmod 600 {path}"
     )
+
+
+def test_a_key_that_is_put_in_place_of_another_is_found_and_one_that_is_none_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    make_key(path)
+    keys = KeyFiles(partial(load_key, path), [path])
+    first = keys.key
+    assert not keys.refresh()
+    path.unlink()
+    assert not keys.refresh()
+    path.write_text("half of")
+    path.chmod(0o600)
+    assert not keys.refresh()
+    assert keys.key == first
+    path.write_text(KEY.hex())
+    assert keys.refresh()
+    assert keys.key == KEY
+    assert not keys.refresh()
 
 
 def test_a_key_that_is_not_there_is_told_how_to_make(tmp_path: Path) -> None:

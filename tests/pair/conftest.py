@@ -11,7 +11,10 @@ import pytest
 from mirrorfs.lab.pair import Lab
 from tests.pair.support import WRITER_KINDS, Load
 
-_BUILD = Path(__file__).parents[2] / "packaging" / "build_deb.py"
+_PROJECT = Path(__file__).parents[2]
+_BUILD = _PROJECT / "packaging" / "build_deb.py"
+#: The last commit with nothing but wire protocol 7.
+_OLD = "e3197b0"
 _IS_DEBIANS_PYTHON = sys.base_prefix == "/usr" and Path("/usr/bin/dpkg-deb").exists()
 
 
@@ -23,6 +26,17 @@ def built_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("deb")
     built = subprocess.run([sys.executable, _BUILD, directory], capture_output=True, text=True, check=True)
     return Path(built.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def old_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as it was before wire protocol 8: what a running pair is upgraded from."""
+    done = subprocess.run(["git", "-C", str(_PROJECT), "archive", _OLD], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the history of this repository is not here, and with it the version to upgrade from: {done.stderr!r}")
+    directory = tmp_path_factory.mktemp("old")
+    subprocess.run(["tar", "-x", "-C", directory], input=done.stdout, check=True)
+    return directory
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,38 @@ WRITER = Path(__file__).with_name("writer.py")
 WRITER_KINDS = ("append", "append-fsync", "overwrite", "names", "tree")
 #: What these have noted is on stable storage.
 DURABLE_KINDS = ("append-fsync", "append-dsync", "overwrite-fdatasync", "overwrite-msync", "names-fsync")
+
+
+#: A server on port 7000 (Python; its argument is a file). It says of a number that it is told that it is kept once it is on
+#: stable storage.
+NUMBERS = """\
+import os, socket, sys
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+server = socket.create_server(("", 7000))
+while True:
+    connection, _ = server.accept()
+    with connection:
+        try:
+            said = connection.recv(100)
+        except ConnectionError:
+            continue
+        if said:
+            os.write(file, said + bytes([10]))
+            os.fsync(file)
+            connection.sendall(b"kept")
+"""
+#: Tells it one (Python; its arguments are the address and the number); exit status 0 if that is kept.
+TELL = """\
+import socket, sys
+with socket.create_connection((sys.argv[1], 7000), timeout=1) as made:
+    made.sendall(sys.argv[2].encode())
+    sys.exit(made.recv(100) != b"kept")
+"""
+
+
+def numbers(file: Path) -> set[int]:
+    """What NUMBERS has kept in its file."""
+    return set(map(int, file.read_text().split()))
 
 
 def mirrorfs(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -180,6 +214,38 @@ class Load:
             notes = [json.loads(line) for line in self.notes[kind].read_text().splitlines()]
             lost += [f"{kind}: {text}" for text in _missing_of(kind, mount / self.name, notes)]
         return lost
+
+
+@dataclass(slots=True)
+class Client:
+    """Commits one number after the other as long as the block lasts, and keeps those whose commit was acknowledged."""
+
+    commit: Callable[[int], bool]
+    noted: list[int] = field(default_factory=list)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Client":
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stopping.is_set():
+            number += 1  # never the same twice: one that was not acknowledged may be there all the same
+            if self.commit(number):
+                self.noted.append(number)
+
+    def wait_noted(self, more: int) -> None:
+        """Wait until so many more were acknowledged."""
+        goal = len(self.noted) + more
+        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", 90)
 
 
 def _content(file: Path) -> bytes:

@@ -1,7 +1,11 @@
 """Two controllers on a real pair: a small service behind a virtual address, and what happens to it."""
 
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from mirrorfs.errors import MirrorfsError
 from mirrorfs.lab import cluster, public
 from mirrorfs.lab.cluster import ADDRESS, Cluster
 from mirrorfs.lab.pair import wait_for
+from tests.pair.support import mirrorfs
 
 pytestmark = pytest.mark.root
 
@@ -102,12 +107,59 @@ def test_a_mount_that_hangs_is_killed_and_replaced(make_cluster: Callable[..., C
 
 def test_a_switch_over_moves_everything_from_either_node(make_cluster: Callable[..., Cluster]) -> None:
     site = make_cluster()
-    assert "serves" in site.command("two", "promote")
-    wait_served_by(site, "two")
-    site.lab.wait_mirrored()
-    assert "serves" in site.command("two", "switchover")
     wait_served_by(site, "one")
-    assert site.posture("two") == "idle"
+    assert "serves" in site.command("two", "promote")
+    assert served_by(site) == "two"
+    site.lab.wait_mirrored()
+    for node, command in (("two", "switchover"), ("two", "switchover")):
+        to = "one" if served_by(site) == "two" else "two"
+        done = mirrorfs(site.lab.host(node), command)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert served_by(site) == to, "what follows the command finds it at its address"
+        site.lab.wait_mirrored()
+    wait_for(lambda: site.posture("one") == "idle", "one has nothing to do any more")
+
+
+def test_a_switch_over_that_nobody_waits_for_goes_on(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    for node, to in (("one", "two"), ("one", "one")):
+        done = mirrorfs(site.lab.host(node), "switchover", "--no-wait")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "it is under way" in done.stdout
+        wait_served_by(site, to)
+        site.lab.wait_mirrored()
+
+
+def test_a_switch_over_fails_as_long_as_the_address_is_not_there(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    wait_served_by(site, "one")
+    assert site.at_desk("ip", "address", "add", f"{ADDRESS}/24", "dev", "bridge").returncode == 0
+    done = mirrorfs(site.lab.one, "switchover", "--timeout", "8")
+    said = "mirrorfs: the other node serves without its addresses after 8 s: look at `mirrorfs status` there"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+    assert done.stderr.startswith("switchover: "), "it shows progress meanwhile"
+    site.lab.wait_mirrored()
+    done = mirrorfs(site.lab.one, "switchover", "--timeout", "8")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "mirrorfs: one serves without its addresses after 8 s: in use by another machine"
+    )
+    assert site.at_desk("ip", "address", "del", f"{ADDRESS}/24", "dev", "bridge").returncode == 0
+    wait_served_by(site, "one")
+
+
+def test_a_switch_over_to_a_node_that_cannot_start_the_service_fails_and_says_so(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster(SERVICE.replace('start = """', 'start = """test $(basename $LAB_HOME) = one || exit 3\n'))
+    done = mirrorfs(site.lab.one, "switchover")
+    said = "mirrorfs: not given: the other node could not start it: look at `mirrorfs status` there"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+    wait_served_by(site, "one")
+    site.lab.wait_mirrored()
+    site.command("one", "maintenance", on=True)
+    wait_for(lambda: bool((site.says("two") or {}).get("maintenance")), "the other controller knows")
+    done = mirrorfs(site.lab.one, "switchover")
+    said = "mirrorfs: the other node does not serve, it is held: `mirrorfs status` there says why"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
 
 
 def test_an_isolated_node_gives_up_and_follows_afterwards(make_cluster: Callable[..., Cluster]) -> None:
@@ -299,6 +351,33 @@ def test_with_another_configuration_on_the_other_node_nothing_happens_by_itself(
     site.kill_host("one")
     wait_for(lambda: "failover.detection_timeout" in trouble(site, "two"), "two says why it does nothing")
     assert site.posture("two") in ("idle", "taking")
+
+
+def hears(site: Cluster, name: str) -> bool:
+    said = site.says(name)
+    return said is not None and bool(said["peer"]["heard"])
+
+
+def test_controllers_hear_each_other_again_after_a_node_was_replaced(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    one, two = site.lab.one, site.lab.two
+    site.kill_controller("two")
+    two.stop()
+    wait_for(lambda: not hears(site, "one"), "the controller that stays hears nobody")
+    shutil.rmtree(two.keys)
+    program = (sys.executable, "-m", "mirrorfs")
+    init = one.popen(*program, "init", "lab", "--config", one.config, stdout=subprocess.PIPE, text=True)
+    assert init.stdout is not None
+    code = next(found[1] for line in init.stdout if (found := re.search(r"mirrorfs join (\S+)", line)))
+    two.run(*program, "join", code, "--config", two.config, check=True)
+    init.communicate(timeout=60)
+    assert init.returncode == 0
+    two.start()
+    site.start_controller("two")
+    wait_for(lambda: hears(site, "one") and hears(site, "two"), "both hear each other")
+    site.lab.wait_mirrored()
+    assert "serves" in site.command("two", "promote")
+    wait_served_by(site, "two")
 
 
 def test_a_controller_without_its_keys_says_what_to_do(make_cluster: Callable[..., Cluster]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -112,6 +113,24 @@ def test_two_nodes_that_have_joined_are_a_pair(lab: Lab, tmp_path: Path) -> None
     lab.wait_mirrored()
     (lab.one.mount / "file").write_text("content")
     assert (lab.two.mount / "file").read_text() == "content"
+
+
+def test_a_file_that_is_there_keeps_its_mode_and_its_owner_and_a_link_to_it_stays_one(lab: Lab, tmp_path: Path) -> None:
+    real, link, two = tmp_path / "real.toml", tmp_path / "one.toml", tmp_path / "two.toml"
+    _with_places(lab.one, real)
+    real.chmod(0o600)
+    os.chown(real, 1, 2)
+    link.symlink_to(real)
+    with _without_default_keys(), _Init(lab.one, link) as init:
+        assert _join(lab.two, init.code, two).returncode == 0
+        assert init.end()[0] == 0
+    assert link.is_symlink()
+    there = real.stat()
+    assert (there.st_mode & 0o777, there.st_uid, there.st_gid) == (0o600, 1, 2)
+    loaded = configuration.load(link, "one")
+    assert loaded.peer is not None
+    assert loaded.peer.name == "two"
+    assert {each.name for each in tmp_path.iterdir()} == {real.name, link.name, two.name}
 
 
 def test_the_second_node_gets_the_file_of_the_first(lab: Lab, tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ import signal
 import sqlite3
 import subprocess
 import tempfile
-import threading
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from mirrorfs.lab.cluster import ADDRESS, Cluster
 from mirrorfs.lab.pair import Host, wait_for
 from mirrorfs.lab.postgresql import as_postgres
 from mirrorfs.modules import adding
-from tests.pair.support import mirrorfs, tree_differences
+from tests.pair.support import Client, mirrorfs, tree_differences
 
 pytestmark = pytest.mark.root
 
@@ -89,38 +88,6 @@ def site() -> Iterator[Site]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-@dataclass(slots=True)
-class Client:
-    """Commits one number after the other through the address, and keeps those whose commit was acknowledged."""
-
-    site: Site
-    insert: Callable[[int], list[str]]
-    noted: list[int] = field(default_factory=list)
-    _stopping: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> "Client":
-        self._thread = threading.Thread(target=self._commit)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        assert self._thread is not None
-        self._thread.join()
-
-    def _commit(self) -> None:
-        number = 0
-        while not self._stopping.is_set():
-            number += 1  # never the same twice: one that was not acknowledged may be there all the same
-            if self.site.cluster.at_desk("timeout", "5", *self.insert(number)).returncode == 0:
-                self.noted.append(number)
-
-    def wait_noted(self, more: int) -> None:
-        goal = len(self.noted) + more
-        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", 90)
-
-
 def lose_host(site: Site) -> None:
     """SIGKILL to all that runs on host one."""
     site.cluster.kill_host("one")
@@ -152,7 +119,7 @@ def fail_over(
     fault: Callable[[Site], None] = lose_host,
 ) -> None:
     """Let host one fail under a client that commits, let it come back, and give it the application back."""
-    with Client(site, insert) as client:
+    with Client(lambda number: site.cluster.at_desk("timeout", "5", *insert(number)).returncode == 0) as client:
         client.wait_noted(25)
         fault(site)
         site.cluster.wait_serving("two", 120)

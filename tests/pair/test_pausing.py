@@ -12,6 +12,9 @@ from tests.pair.support import Load, NewLines, mirrorfs, state, status, tree_dif
 
 pytestmark = pytest.mark.root
 
+#: A resync under a load that never pauses takes minutes on a busy machine.
+_LONG_S = 300
+
 
 def _paused_on(host: Host) -> str | None:
     """The node that is alone by a pause, as this one's status says."""
@@ -253,18 +256,18 @@ def test_a_pause_ends_a_resync_that_is_under_way(lab: Lab, tmp_path: Path) -> No
 
 
 def test_pausing_and_resuming_again_and_again_loses_nothing(lab: Lab, start_load: Callable[..., Load]) -> None:
-    load = start_load(lab.one.mount)
-    load.wait_noted(100)
+    load, follows = start_load(lab.one.mount), ("resyncing", "standby")
+    load.wait_noted(100, deadline_s=_LONG_S)
     for number in range(4):
         host = (lab.one, lab.two)[number % 2]
         _pause(host)
-        load.wait_noted(30)
+        load.wait_noted(30, deadline_s=_LONG_S)
         _resume(host)
         if number % 2:
-            lab.wait_mirrored()
+            lab.wait_mirrored(_LONG_S)
         else:
-            wait_for(lambda: _paused_on(lab.two) is None and state(lab.two) in ("resyncing", "standby"), "two follows")
-    lab.wait_mirrored()
+            wait_for(lambda: _paused_on(lab.two) is None and state(lab.two) in follows, "two follows", _LONG_S)
+    lab.wait_mirrored(_LONG_S)
     assert load.stop() == [""] * len(load.notes)
     assert load.missing(lab.two.backing) == []
     assert tree_differences(lab) == []

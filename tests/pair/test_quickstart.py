@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import shutil
-import threading
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import pytest
 from mirrorfs import modules
 from mirrorfs.lab import postgresql
 from tests.pair.machines import Machine, two_machines, why_not
+from tests.pair.support import Client
 
 _PAGE: Final = Path(__file__).parents[2] / "docs" / "QUICKSTART.md"
 _ADDRESS: Final = "10.77.0.100"
@@ -144,37 +144,10 @@ def site(built_package: Path, machines: tuple[Machine, Machine]) -> Site:
     return Site({machine.name: machine for machine in machines}, built_package)
 
 
-@dataclass(slots=True)
-class Client:
-    """Commits one number after the other at the virtual address, from a machine; notes those that were acknowledged."""
-
-    site: Site
-    machine: Machine
-    noted: list[int] = field(default_factory=list)
-    _stopping: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> "Client":
-        self._thread = threading.Thread(target=self._commit)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        assert self._thread is not None
-        self._thread.join()
-
-    def _commit(self) -> None:
-        number = 0
-        while not self._stopping.is_set():
-            number += 1  # never the same twice: one that was not acknowledged may be there all the same
-            command = ("timeout", "5", *_at_the_address(), f"insert into noted values ({number})")
-            if self.machine.result(*command).returncode == 0:
-                self.noted.append(number)
-
-    def wait_noted(self, more: int) -> None:
-        goal = len(self.noted) + more
-        self.machine.wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged")
+def _commit(machine: Machine, number: int) -> bool:
+    """Whether a client on the machine was told that its row is there."""
+    command = ("timeout", "5", *_at_the_address(), f"insert into noted values ({number})")
+    return machine.result(*command).returncode == 0
 
 
 def test_five_commands_make_a_postgresql_that_outlives_its_machine(site: Site) -> None:
@@ -194,16 +167,16 @@ def test_five_commands_make_a_postgresql_that_outlives_its_machine(site: Site) -
     site.one.run("runuser", "-u", "postgres", "--", "psql", "-c", "create role app login password 'secret'")
     site.one.run("runuser", "-u", "postgres", "--", "createdb", "--owner=app", "app")
     site.query(site.two, "create table noted (number bigint primary key)")
-    with Client(site, site.two) as client:
+    with Client(functools.partial(_commit, site.two)) as client:
         client.wait_noted(10)
         there, back = switchovers
         site.follow([there])
-        site.two.wait_for(lambda: site.serves(site.two), "the database is on two")
+        assert site.serves(site.two)
         assert not site.one.is_active(_UNIT)
         client.wait_noted(10)
         site.wait_mirrored(site.two)
         site.follow([back])
-        site.one.wait_for(lambda: site.serves(site.one), "the database is on one again")
+        assert site.serves(site.one)
         client.wait_noted(10)
         site.wait_mirrored(site.one)
         site.one.cut_power()

@@ -1,6 +1,7 @@
 """A running pair is upgraded, one node at a time: from the last that spoke protocol 7 only, as docs/OPERATIONS.md says."""
 
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,29 +10,23 @@ import pytest
 
 from mirrorfs import control
 from mirrorfs.core import wire
-from mirrorfs.lab.pair import Host, Lab
-from tests.pair.support import Load, mirrorfs, tree_differences, wait_peer_lost, wait_state
+from mirrorfs.lab import cluster
+from mirrorfs.lab.cluster import ADDRESS, Cluster
+from mirrorfs.lab.pair import Host, Lab, node_environment, wait_for
+from tests.pair.support import NUMBERS, TELL, Client, Load, mirrorfs, numbers, tree_differences, wait_peer_lost, wait_state
 
 pytestmark = pytest.mark.root
 
-#: The last commit with nothing but protocol 7.
-_OLD = "e3197b0"
-_PROJECT = Path(__file__).parents[2]
 #: Not "tree" at full speed: a resync that follows it on a busy machine takes minutes, whatever the version.
 _KINDS = ("append", "append-fsync", "overwrite", "overwrite-fdatasync", "names", "names-fsync")
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old(old_project: Path) -> Path:
     """The sources of mirrorfs as they were then."""
-    command = ["git", "-C", str(_PROJECT), "archive", _OLD, "src"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"the history of this repository is not here, and with it the version to upgrade from: {done.stderr!r}")
-    directory = tmp_path_factory.mktemp("old")
-    subprocess.run(["tar", "-x", "-C", directory], input=done.stdout, check=True)
-    assert "VERSION: Final = 7\n" in (directory / "src" / "mirrorfs" / "core" / "wire.py").read_text()
-    return directory / "src"
+    source = old_project / "src"
+    assert "VERSION: Final = 7\n" in (source / "mirrorfs" / "core" / "wire.py").read_text()
+    return source
 
 
 @pytest.fixture
@@ -140,3 +135,97 @@ def test_a_node_of_the_old_version_comes_back_to_the_new_as_a_standby_and_as_the
     assert _link(one)["protocol"] == 7
     assert (one.mount / "three").read_text() == "written alone by the other"
     assert tree_differences(pair) == []
+
+
+# ---- with controllers, a service and an address
+
+_SERVICE = f'''
+[[service]]
+name = "numbers"
+start = """cat > $LAB_MOUNT/numbers.py <<'END'
+{NUMBERS}
+END
+setsid --fork python3 $LAB_MOUNT/numbers.py $LAB_MOUNT/numbers >/dev/null 2>&1"""
+stop = "pkill -KILL -f $LAB_MOUNT/numbers.py || true"
+start_timeout = "10s"
+[[service.check]]
+tcp = "127.0.0.1:7000"
+interval = "300ms"
+'''
+
+
+@pytest.fixture
+def site(old: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """A pair of the old version with its controllers, served by node one."""
+    text = cluster.sections(_SERVICE, failover='detection_timeout = "2s"')
+    with Cluster(tmp_path / "lab", text, options={"ack_timeout": "2s"}, source=old) as site:
+        site.start_controllers(old)
+        yield site
+
+
+def _run(host: Host, source: Path | None, *arguments: str) -> str:
+    """A command of the version that is installed on the host succeeds; what it printed."""
+    command = [sys.executable, "-m", "mirrorfs", *arguments, "--config", str(host.config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/", env=node_environment(source))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _upgrade_with_controllers(site: Cluster, host: Host, primary: Host, source: Path | None) -> None:
+    """What docs/OPERATIONS.md says for the node that follows; `source` is what the other one runs."""
+    _run(primary, source, "pause", "--yes")
+    assert site.stop_controller(host.name) == 0
+    host.stop()
+    host.start()
+    site.start_controller(host.name)
+    _run(primary, source, "resume")
+    _wait_served(site, primary, host)
+
+
+def _wait_served(site: Cluster, by: Host, beside: Host) -> None:
+    """Until both are in sync, and both controllers know from each other who serves and who could."""
+    site.lab.wait_mirrored()
+    expected = {by.name: ["serving", True, "idle", "standby"], beside.name: ["idle", True, "serving", "leading"]}
+
+    def known() -> dict[str, list[Any]]:
+        said = {name: site.says(name) or {} for name in site.lab.hosts}
+        return {name: [of.get("posture"), *of.get("peer", {}).values()] for name, of in said.items()}
+
+    wait_for(lambda: known() == expected, f"{by.name} serves, and both controllers know")
+
+
+def test_a_pair_with_controllers_is_upgraded_under_a_client_that_commits(site: Cluster, old: Path) -> None:
+    one, two = site.lab.one, site.lab.two
+
+    def tell(number: int) -> bool:
+        return site.at_desk("timeout", "5", sys.executable, "-c", TELL, ADDRESS, str(number)).returncode == 0
+
+    with Client(tell) as client:
+        client.wait_noted(10)
+        _run(one, old, "maintenance", "on")
+        _upgrade_with_controllers(site, two, one, old)
+
+        # An old node that serves, and a new one that could.
+        assert [_link(host).get("protocol") for host in (one, two)] == [None, 7]
+        for host, source in ((one, old), (two, None)):
+            said = _run(host, source, "status")
+            assert "one, two" in said, said
+            assert "maintenance" in said, said
+        client.wait_noted(10)
+
+        _run(two, None, "switchover")
+        client.wait_noted(10)
+        _wait_served(site, two, one)
+        assert set(client.noted) - numbers(two.mount / "numbers") == set()
+
+        _upgrade_with_controllers(site, one, two, None)
+        assert [_link(host)["protocol"] for host in (one, two)] == [8, 8]
+        _run(two, None, "maintenance", "off")
+        client.wait_noted(10)
+
+        _run(two, None, "switchover")
+        client.wait_noted(10)
+        _wait_served(site, one, two)
+    assert [set(client.noted) - numbers(host.mount / "numbers") for host in (one, two)] == [set(), set()]
+    assert site.lab.primary() is one
+    assert tree_differences(site.lab) == []

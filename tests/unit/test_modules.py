@@ -262,7 +262,9 @@ def test_a_wrong_module_is_told_in_one_line(before: str, after: str, said: str, 
 # ---- into the configuration of a volume
 
 
-def test_adding_keeps_what_is_there_and_the_mode_of_the_file(file: Path, own: Path) -> None:
+@pytest.mark.root
+def test_adding_keeps_what_is_there_and_mode_and_owner_of_the_file(file: Path, own: Path) -> None:
+    os.chown(file, 1, 2)
     file.chmod(0o640)
     link = file.with_name("link.toml")
     link.symlink_to(file)
@@ -272,7 +274,8 @@ def test_adding_keeps_what_is_there_and_the_mode_of_the_file(file: Path, own: Pa
         assert f"service {name} is added" in done.stdout
     assert file.read_text().startswith(VOLUME)
     assert list(services(file)) == ["first", "second"]
-    assert file.stat().st_mode & 0o777 == 0o640
+    there = file.stat()
+    assert (there.st_mode & 0o777, there.st_uid, there.st_gid) == (0o640, 1, 2)
     assert link.is_symlink()
     assert {each.name for each in file.parent.iterdir()} == {"v.toml", "link.toml", "modules"}
 
@@ -333,6 +336,25 @@ def test_init_refuses_what_cannot_be_before_it_writes_anything(options: tuple[st
     file = tmp_path / "v.toml"
     assert said in refused("init", "v", "--address", "10.0.0.1", "--config", file, "--node", "one", *options)
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[nodes.one]\nheartbeats = ['10.0.0.1', '10.1.0.1']\naddress = '10.0.0.1'\nkeys = 'KEYS'\n", "number of heartbeats"),
+        ("nodes = {one = {address = '10.0.0.1', keys = 'KEYS'}}\n", "not TOML"),
+    ],
+)
+def test_init_says_at_once_if_the_other_node_cannot_be_put_into_a_file(
+    file: Path, text: str, said: str, tmp_path: Path
+) -> None:
+    text = "volume = 'v'\n" + text.replace("KEYS", str(tmp_path / "keys"))
+    file.write_text(text)
+    complaint = refused("init", "v", "--config", file, "--node", "one", "--minutes", "0.1")
+    assert said in complaint
+    assert complaint.startswith(f"{file}: ")
+    assert complaint.endswith("; so it would be with the other node in it: name both there before `mirrorfs init`")
+    assert file.read_text() == text
 
 
 def test_init_with_a_file_that_names_both_nodes_says_what_to_use(file: Path, tmp_path: Path) -> None:

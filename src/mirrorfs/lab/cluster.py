@@ -56,8 +56,16 @@ timeout = "1s"
 class Cluster:
     """The pair, its controllers, its arbiter. As a context manager it is taken down at the end."""
 
-    def __init__(self, directory: Path, text: str, *, etcd: bool = True, options: dict[str, str] | None = None) -> None:
-        """Make the hosts, start etcd, nodes and controllers; returns when the pair is mirrored and served."""
+    def __init__(
+        self,
+        directory: Path,
+        text: str,
+        *,
+        etcd: bool = True,
+        options: dict[str, str] | None = None,
+        source: Path | None = None,
+    ) -> None:
+        """Make the hosts, start etcd and the nodes (as `Host.launch`); returns when the pair is mirrored."""
         self._stack = contextlib.ExitStack()
         self._controllers: dict[str, subprocess.Popen[bytes]] = {}
         self._homes = Path(f"{directory}-servers")  # of what runs on the hosts besides mirrorfs, also as another user
@@ -74,7 +82,7 @@ class Cluster:
             if etcd:
                 self._stack.enter_context(self.etcd)
                 self._stack.callback(shutil.rmtree, directory / "etcd", ignore_errors=True)
-            self.lab.run_all()
+            self.lab.run_all(source=source)
         except BaseException:
             self.close()
             raise
@@ -97,13 +105,13 @@ class Cluster:
         """What the controller of a host has printed."""
         return self.lab.host(name).home / "controller-log"
 
-    def start_controller(self, name: str) -> None:
-        """Start the controller of a host, and wait until it answers."""
+    def start_controller(self, name: str, source: Path | None = None) -> None:
+        """Start the controller of a host (as `Host.launch`), and wait until it answers."""
         host = self.lab.host(name)
         home = self._homes / name
         home.mkdir(parents=True, exist_ok=True)
         home.chmod(0o777)
-        environment = pair.node_environment() | {"LAB_MOUNT": str(host.mount), "LAB_HOME": str(home)}
+        environment = pair.node_environment(source) | {"LAB_MOUNT": str(host.mount), "LAB_HOME": str(home)}
         with self.log(name).open("ab") as log:
             self._controllers[name] = host.popen(
                 *(sys.executable, "-m", "mirrorfs", "controller", "--config", str(host.config)),
@@ -119,11 +127,11 @@ class Cluster:
         if process.poll() is not None:
             raise MirrorfsError(f"the controller of {name} has ended: {self.log(name).read_text()[-2000:]}")
 
-    def start_controllers(self) -> None:
+    def start_controllers(self, source: Path | None = None) -> None:
         """Start both, and wait until the application is served and could be by the other one."""
         for name in self.lab.hosts:
             if name not in self._controllers:
-                self.start_controller(name)
+                self.start_controller(name, source)
         host = self.wait_serving()
         wait_for(lambda: ((self.says(host.name) or {}).get("peer") or {}).get("mount") == "standby", "the other is a standby")
 

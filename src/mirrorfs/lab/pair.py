@@ -343,11 +343,11 @@ class Lab:
         if self.network.has_desk:
             public.heal(self.network)
 
-    def run_all(self, deadline_s: float = 60) -> None:
-        """Start both nodes, make the first the primary, and wait until they are mirrored."""
+    def run_all(self, deadline_s: float = 60, source: Path | None = None) -> None:
+        """Start both nodes (as `Host.launch`), make the first the primary, and wait until they are mirrored."""
         end = time.monotonic() + deadline_s
         for host in self.hosts.values():
-            host.launch()
+            host.launch(source)
         for host in self.hosts.values():
             host.wait_answering(end - time.monotonic())
         self.one.promote(yes=True)

@@ -1,19 +1,17 @@
 """Putting a module into a volume's configuration, and making one of one's own."""
 
 import json
-import stat
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from mirrorfs import config as configuration
+from mirrorfs import config_file
 from mirrorfs.config import Config
-from mirrorfs.errors import ConfigError, MirrorfsError, UsageError
+from mirrorfs.errors import UsageError
 from mirrorfs.failover_config import read_failover
 from mirrorfs.modules import DIRECTORY, NAME, Rendered, find, parse_settings, render
 from mirrorfs.toml_table import Table, read, shown
-from mirrorfs.trust import write_durably
 
 _SKELETON: Final = Path(__file__).with_name("_skeleton.toml")
 
@@ -27,7 +25,7 @@ def new(name: str, directory: Path = DIRECTORY) -> Path:
     file = directory / f"{name}.toml"
     if file.exists():
         raise UsageError(f"{file}: is there already, give another name or edit it")
-    _write(file, _SKELETON.read_bytes(), 0o644)
+    config_file.write(file, _SKELETON.read_text())
     return file
 
 
@@ -75,24 +73,7 @@ def add(loaded: Config, rendered: Rendered) -> None:
             raise UsageError(
                 f"{loaded.file}: there is a service {shown(service.name)} already, give another name with --set name=..."
             )
-    file = loaded.file.resolve()  # a link stays one
-    before = file.read_bytes()
-    addition = sections(rendered.services, there=read(file))
-    after = before.rstrip(b"\n") + b"\n\n" + addition.encode()
-    fresh = file.with_name(f".{file.name}.adding")
-    _write(fresh, after, 0o600)
-    try:
-        configuration.load(fresh, loaded.node.name)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(str(fresh), str(loaded.file), 1)) from None
-    finally:
-        fresh.unlink()
-    _write(file, after, stat.S_IMODE(file.stat().st_mode))
-
-
-def _write(file: Path, content: bytes, mode: int) -> None:
-    try:
-        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_durably(file, content, mode)
-    except OSError as error:
-        raise MirrorfsError(f"{file}: cannot be written ({error.strerror}), are you root?") from None
+    addition = sections(rendered.services, there=read(loaded.file))
+    text = loaded.file.read_bytes().decode().rstrip("\n") + "\n\n" + addition
+    config_file.check(loaded.file, text, loaded.node.name)
+    config_file.write(loaded.file, text)
