@@ -181,6 +181,13 @@ def prepare(context: typer.Context, *, set_aside: SetAside = False, config: Conf
     if set_aside and units.is_running(loaded.node.control):
         raise MirrorfsError(f"the node runs, and has {loaded.mount}: `mirrorfs unmount` first")
     _prepare(loaded, set_aside=set_aside)
+    if loaded.mount is not None:
+        _make_mount_point(loaded)
+
+
+def _make_mount_point(loaded: Config) -> None:
+    if units.make_mount_point(loaded):
+        print(f"{loaded.mount} was not there, and is made")
 
 
 def _prepare(loaded: Config, *, set_aside: bool) -> None:
@@ -218,8 +225,7 @@ def _start_mount(loaded: Config, *, no_start: bool, set_aside: bool = False) -> 
     except MirrorfsError as error:
         then = "; and ".join(units.by_hand(loaded, set_aside=set_aside))
         raise MirrorfsError(f"{error}; nothing was started: mend that, then run here: {then}") from None
-    if units.make_mount_point(loaded):
-        print(f"{loaded.mount} was not there, and is made")
+    _make_mount_point(loaded)
     _start(units.mount_unit(loaded))
 
 

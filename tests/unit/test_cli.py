@@ -178,6 +178,15 @@ async def test_a_configuration_is_checked_without_a_node(tmp_path: Path) -> None
     }
 
 
+async def test_prepare_makes_the_mount_point(tmp_path: Path) -> None:
+    file, mount = tmp_path / "v.toml", tmp_path / "not" / "there"
+    file.write_text(f'volume = "v"\nmount = "{mount}"\nnodes.one.address = "10.0.0.1"\n')
+    command = ("prepare", "--config", file, "--node", "one")
+    assert await mirrorfs(*command) == (0, f"{mount} was not there, and is made\n", "")
+    assert mount.is_dir()
+    assert await mirrorfs(*command) == (0, "", "")
+
+
 async def test_the_options_stand_before_or_after_the_command_or_in_the_environment(node: Node) -> None:
     async with running(node):
         for arguments in (
