@@ -107,6 +107,7 @@ def _documents(root: Path) -> None:
     shutil.copytree(_PROJECT / "docs", documents / "docs")
     shutil.copytree(_PROJECT / "examples", documents / "examples")
     shutil.copytree(_PROJECT / "packaging" / "monitoring", documents / "monitoring")
+    shutil.copytree(_PROJECT / "packaging" / "ansible", documents / "ansible")
     (documents / "copyright").write_text(
         "mirrorfs is under the Apache License, Version 2.0: /usr/share/common-licenses/Apache-2.0\n\n"
         f"The libraries below /{_HOME} have licenses of their own, which stand in their *.dist-info directories there.\n"

@@ -35,7 +35,7 @@ from mirrorfs.failover_cli import controller, has_controller, maintenance, make_
 from mirrorfs.lab.cli import app as lab_app
 from mirrorfs.lab.cli import bench, demo
 from mirrorfs.modules_cli import app as modules_app
-from mirrorfs.setup_cli import doctor, init, join, prepare, support
+from mirrorfs.setup_cli import check_config, doctor, init, join, prepare, support
 
 if TYPE_CHECKING:
     from mirrorfs.lost import LostStore
@@ -74,6 +74,7 @@ app.command()(bench)
 for _command in (init, join, prepare, doctor, support, switchover, maintenance, controller):
     app.command()(_command)
 app.command("make-key")(make_key)
+app.command("check-config")(check_config)
 
 
 def main() -> None:

@@ -49,6 +49,12 @@ def init(
     promote: Annotated[
         bool, typer.Option("--promote", help="Then make this node the primary of the new volume: its files are kept.")
     ] = False,
+    code_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--code-file", metavar="FILE", help="Put the code there (mode 0600) while it is good, and do not print it."
+        ),
+    ] = None,
     no_start: NoStart = False,
     config: ConfigFile = None,
     node: NodeName = None,
@@ -78,10 +84,17 @@ def init(
     async def wait() -> None:
         async with trio.open_nursery() as nursery:
             code = await nursery.start(invitation.wait, minutes * 60)
-            print(f"On the other node, within {minutes:g} minutes:\n\n    mirrorfs join {code}\n", flush=True)
+            if code_file is None:
+                print(f"On the other node, within {minutes:g} minutes:\n\n    mirrorfs join {code}\n", flush=True)
+            else:
+                _write_code(code_file, str(code))
             print(f"waiting for it on {code.address} port {code.port} (Ctrl-C gives up) ...", file=sys.stderr, flush=True)
 
-    trio.run(wait)
+    try:
+        trio.run(wait)
+    finally:
+        if code_file is not None:
+            code_file.unlink(missing_ok=True)
     print(f"{invitation.joined} has joined: the nodes of {volume} know each other, {invitation.config.file} names both")
     loaded = configuration.load(prepared.file, prepared.node.name)
     _start_mount(loaded, no_start=no_start)
@@ -92,9 +105,20 @@ def init(
         print("then, once, on the node whose files are to be kept: mirrorfs promote")
 
 
+def _write_code(file: Path, code: str) -> None:
+    from mirrorfs.trust import write_durably
+
+    try:
+        write_durably(file, f"{code}\n".encode(), 0o600)
+    except OSError as error:
+        raise MirrorfsError(f"--code-file {file}: cannot be written: {error.strerror}") from None
+
+
 def join(
     context: typer.Context,
-    code: Annotated[str, typer.Argument(metavar="CODE", help="What `mirrorfs init` printed on the other node.")],
+    code: Annotated[
+        str, typer.Argument(metavar="CODE", help="What `mirrorfs init` printed on the other node; - reads it from stdin.")
+    ],
     *,
     address: Annotated[
         str | None,
@@ -111,6 +135,8 @@ def join(
     from mirrorfs.joining import join, parse_code
 
     chosen: Chosen = context.obj
+    if code == "-":  # so that it stands in no list of processes
+        code = sys.stdin.readline()
     loaded = trio.run(join, parse_code(code), config or chosen.config, node or chosen.node, address)
     assert loaded.peer is not None
     print(f"joined {loaded.peer.name}: {loaded.file} is written, the nodes of {loaded.volume} know each other")
@@ -119,6 +145,31 @@ def join(
     if has_files:
         _tell_of_files(loaded)
     _start_controller(loaded, no_start=no_start)
+
+
+def check_config(context: typer.Context, *, as_json: Json = False, config: ConfigFile = None, node: NodeName = None) -> None:
+    """Read the configuration and say what it is. Exit status 2, with one line, if it is none."""
+    from mirrorfs.trust import Trust
+
+    loaded = load(context, config, node)
+    trust = Trust(loaded.node.keys)
+    introduced = loaded.peer is not None and trust.identity.exists() and trust.peer.exists()
+    if as_json:
+        found = {
+            "file": str(loaded.file),
+            "volume": loaded.volume,
+            "node": loaded.node.name,
+            "peer": loaded.peer and loaded.peer.name,
+            "introduced": introduced,
+            "mount": loaded.mount and str(loaded.mount),
+            "units": units.names(loaded),
+        }
+        print(json.dumps(found))
+        return
+    other = "there is no other one"
+    if loaded.peer is not None:
+        other = f"the other one is {loaded.peer.name}, {'known' if introduced else 'not yet known'} to this one"
+    print(f"{loaded.file}: volume {loaded.volume}; this node is {loaded.node.name}, {other}")
 
 
 def prepare(context: typer.Context, *, set_aside: SetAside = False, config: ConfigFile = None, node: NodeName = None) -> None:
@@ -131,6 +182,13 @@ def prepare(context: typer.Context, *, set_aside: SetAside = False, config: Conf
     if set_aside and units.is_running(loaded.node.control):
         raise MirrorfsError(f"the node runs, and has {loaded.mount}: `mirrorfs unmount` first")
     _prepare(loaded, set_aside=set_aside)
+    if loaded.mount is not None:
+        _make_mount_point(loaded)
+
+
+def _make_mount_point(loaded: Config) -> None:
+    if units.make_mount_point(loaded):
+        print(f"{loaded.mount} was not there, and is made")
 
 
 def _prepare(loaded: Config, *, set_aside: bool) -> None:
@@ -168,8 +226,7 @@ def _start_mount(loaded: Config, *, no_start: bool, set_aside: bool = False) -> 
     except MirrorfsError as error:
         then = "; and ".join(units.by_hand(loaded, set_aside=set_aside))
         raise MirrorfsError(f"{error}; nothing was started: mend that, then run here: {then}") from None
-    if units.make_mount_point(loaded):
-        print(f"{loaded.mount} was not there, and is made")
+    _make_mount_point(loaded)
     _start(units.mount_unit(loaded))
 
 

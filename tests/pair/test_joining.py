@@ -146,6 +146,34 @@ def test_the_second_node_gets_the_file_of_the_first(lab: Lab, tmp_path: Path) ->
     assert second.peer.port == first.node.port == second.node.port == 7799
 
 
+def test_the_code_can_go_from_a_file_to_stdin_and_is_printed_nowhere(lab: Lab, tmp_path: Path) -> None:
+    one, two, code_file = (tmp_path / name for name in ("one.toml", "two.toml", "code"))
+    arguments = ("--node", "one", "--address", ADDRESSES["one"], "--config", str(one), "--code-file", str(code_file))
+    with _without_default_keys():
+        command = _mirrorfs(lab.one, "init", VOLUME, *arguments)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiting:
+            wait_for(code_file.exists, "the code is there")
+            assert code_file.stat().st_mode & 0o777 == 0o600
+            code = code_file.read_text()
+            joining = _mirrorfs(lab.two, "join", "-", "--node", "two", "--config", str(two))
+            done = subprocess.run(joining, input=code, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            said, _ = waiting.communicate(timeout=60)
+        assert waiting.returncode == 0, said
+    assert "two has joined" in said
+    assert code.strip() not in said
+    assert not code_file.exists()
+
+
+def test_a_file_for_the_code_that_cannot_be_written_is_told(lab: Lab, tmp_path: Path) -> None:
+    arguments = ("--node", "one", "--address", ADDRESSES["one"], "--config", str(tmp_path / "one.toml"))
+    with _without_default_keys():
+        command = _mirrorfs(lab.one, "init", VOLUME, *arguments, "--code-file", "/nowhere/code")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "mirrorfs: --code-file /nowhere/code: cannot be written: No such file or directory\n"
+
+
 def test_a_module_and_an_address_given_to_init_are_on_both_nodes(lab: Lab, tmp_path: Path) -> None:
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     options = ("--mount", "/d", "--module", "generic", "--set", "run=commands", "--set", "start=run $(it)", "--vip")

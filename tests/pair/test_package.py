@@ -56,6 +56,7 @@ def test_what_is_in_it_belongs_to_root_and_has_its_place(package: Path) -> None:
         "/usr/lib/systemd/system/mirrorfs@.service",
         "/usr/lib/systemd/system/mirrorfs-controller@.service",
         "/usr/share/doc/mirrorfs/README.md",
+        "/usr/share/doc/mirrorfs/ansible/roles/mirrorfs/tasks/main.yml",
         "/usr/share/doc/mirrorfs/copyright",
         "/usr/share/man/man1/mirrorfs-mount.1.gz",
         "/usr/share/man/man5/mirrorfs.toml.5.gz",

@@ -143,13 +143,48 @@ async def test_a_wrong_command_line_ends_with_2_and_no_traceback(arguments: Sequ
 
 
 @pytest.mark.parametrize(
-    "command", ["mount PATH", "promote", "demote", "pause", "resume", "unmount", "status", "release PATH", "journal show"]
+    "command",
+    ["mount PATH", "promote", "demote", "pause", "resume", "unmount", "status", "release PATH", "journal show", "check-config"],
 )
 async def test_every_command_reports_a_wrong_configuration_in_one_line(tmp_path: Path, command: str) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text("volme = 1\n")
     expected = (2, "", f'mirrorfs: {file}: volume: missing, name the volume, as in volume = "data"\n')
     assert await mirrorfs(*command.split(), "--config", file) == expected
+
+
+async def test_a_configuration_is_checked_without_a_node(tmp_path: Path) -> None:
+    file, keys = tmp_path / "v.toml", tmp_path / "keys"
+    file.write_text(
+        f'volume = "v"\nmount = "/data"\nnodes.one = {{address = "10.0.0.1", keys = "{keys}"}}\n'
+        'nodes.two.address = "10.0.0.2"\n[failover]\n'
+    )
+    command = ("check-config", "--config", file, "--node", "one")
+    said = f"{file}: volume v; this node is one, the other one is two, not yet known to this one\n"
+    assert await mirrorfs(*command) == (0, said, "")
+    keys.mkdir()
+    for name in ("identity.pem", "peer.pem"):
+        (keys / name).touch()
+    status, out, err = await mirrorfs(*command, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {
+        "file": str(file),
+        "volume": "v",
+        "node": "one",
+        "peer": "two",
+        "introduced": True,
+        "mount": "/data",
+        "units": ["mirrorfs@v.service", "mirrorfs-controller@v.service"],
+    }
+
+
+async def test_prepare_makes_the_mount_point(tmp_path: Path) -> None:
+    file, mount = tmp_path / "v.toml", tmp_path / "not" / "there"
+    file.write_text(f'volume = "v"\nmount = "{mount}"\nnodes.one.address = "10.0.0.1"\n')
+    command = ("prepare", "--config", file, "--node", "one")
+    assert await mirrorfs(*command) == (0, f"{mount} was not there, and is made\n", "")
+    assert mount.is_dir()
+    assert await mirrorfs(*command) == (0, "", "")
 
 
 async def test_the_options_stand_before_or_after_the_command_or_in_the_environment(node: Node) -> None:
