@@ -248,6 +248,25 @@ def test_a_mount_that_hangs_is_killed_by_the_monitor(pair: tuple[Agent, Agent]) 
     assert one.run("monitor").status == NOT_RUNNING
 
 
+def test_a_controller_that_hangs_costs_no_mount(home: Path) -> None:
+    with _agents(home, "[failover]\n") as (one, _):
+        Lab(one.host.directory).run_all()
+        assert one.is_after("promote") == PROMOTED
+        pids = one.host.pids()
+        controller = one.host.popen(sys.executable, "-m", "mirrorfs", "--config", one.host.config, "controller")
+        try:
+            wait_for(lambda: "controller" in mirrorfs(one.host, "status", "--json").stdout, "the controller answers")
+            controller.send_signal(signal.SIGSTOP)
+            result = one.run("monitor")
+        finally:
+            controller.kill()
+            controller.wait(30)
+        assert result.status == GENERIC
+        assert "has not answered status within 10 s" in result.reason
+        assert one.host.pids() == pids
+        assert one.run("monitor").status == PROMOTED
+
+
 def test_a_mount_that_hangs_can_be_stopped(pair: tuple[Agent, Agent]) -> None:
     _, two = pair
     assert two.run("monitor").status == SUCCESS
