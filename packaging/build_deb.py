@@ -98,6 +98,10 @@ def _programs(root: Path) -> None:
     shutil.copy(_PROJECT / "packaging" / "mount.fuse.mirrorfs", root / "usr" / "sbin")
     for unit in (_PROJECT / "packaging" / "systemd").iterdir():
         shutil.copy(unit, root / "usr" / "lib" / "systemd" / "system")
+    # Pacemaker finds it there as ocf:mirrorfs:volume.
+    agents = root / "usr" / "lib" / "ocf" / "resource.d" / "mirrorfs"
+    agents.mkdir(parents=True)
+    shutil.copy(_PROJECT / "packaging" / "ocf" / "volume", agents)
 
 
 def _documents(root: Path) -> None:
@@ -137,6 +141,7 @@ def _control(root: Path, version: str, architecture: str) -> None:
         Installed-Size: {size}
         Depends: python3 (>= {minor}), python3 (<< {_NEXT_PYTHON}), libfuse3-3, util-linux
         Recommends: chrony | systemd-timesyncd | time-daemon
+        Suggests: pacemaker, resource-agents
         Description: file system mirrored between two plain Linux servers
          An unchanged application writes below a directory; every write is on a second server
          when it returns. When the first server dies, the second carries on, with all that was

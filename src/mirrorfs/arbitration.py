@@ -77,9 +77,14 @@ class Arbitration:
         """Whether a primary that loses its peer has to ask before it goes on alone."""
         return self._arbiter is not None or self._isolation is not None
 
-    async def stands_against(self) -> str:
+    async def stands_against(self, *, automatic: bool = False) -> str:
         """What would stand against going on alone now, asked without claiming anything; "" if nothing does."""
         if self._arbiter is None:
+            if automatic:
+                try:
+                    await self._check_isolation()
+                except NoAnswerError as error:
+                    return str(error)
             return ""
         try:
             found = await self._read(self._arbiter)

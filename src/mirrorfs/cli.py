@@ -170,6 +170,9 @@ def promote(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would happen; exits as the promotion would.")
     ] = False,
+    automatic: Annotated[
+        bool, typer.Option("--automatic", help="For another cluster manager: as the controller asks, no person answers for it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one line of JSON.")] = False,
     config: ConfigFile = None,
     node: NodeName = None,
@@ -178,14 +181,18 @@ def promote(
     loaded = load(context, config, node)
     if as_json and not dry_run:
         raise UsageError("--json goes with --dry-run")
+    if automatic and (yes or force):
+        raise UsageError("--automatic goes with neither --yes nor --force: those are a person's word")
+    if automatic and has_controller(loaded):
+        raise UsageError("--automatic is for another cluster manager, and here the controller of mirrorfs runs: stop it first")
     if dry_run:
-        found = preview(loaded, yes=yes, force=force)
+        found = preview(loaded, yes=yes, force=force, automatic=automatic)
         print(json.dumps(found) if as_json else preview_show.in_words(found))
         raise typer.Exit(found["exit_status"])
     if has_controller(loaded):
         confirmed(lambda sure: say(loaded, "promote", yes=sure, force=force), yes, "Promote this node?")
     else:
-        _ask_first(loaded, "promote", "Promote this node?", yes=yes, force=force)
+        _ask_first(loaded, "promote", "Promote this node?", yes=yes, force=force, automatic=automatic)
 
 
 @app.command()

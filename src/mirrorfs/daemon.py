@@ -140,7 +140,11 @@ class Daemon:
             case "measures":
                 return node.measures.describe()
             case "promote" if arguments.get("dry_run"):
-                return await node.preview.describe(yes=bool(arguments.get("yes")), force=bool(arguments.get("force")))
+                return await node.preview.describe(
+                    yes=bool(arguments.get("yes")),
+                    force=bool(arguments.get("force")),
+                    automatic=bool(arguments.get("automatic")),
+                )
             case "promote-new":
                 return {"message": await node.promotion.promote_new()}
             case "promote":

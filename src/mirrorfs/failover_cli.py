@@ -48,10 +48,10 @@ def say(loaded: Config, command: str, *, timeout_s: float = SWITCH_S, **argument
     print(answer.result()["message"])
 
 
-def preview(loaded: Config, *, yes: bool, force: bool) -> dict[str, Any]:
+def preview(loaded: Config, *, yes: bool, force: bool, automatic: bool = False) -> dict[str, Any]:
     """What a promotion of this node would do, by the controller if one runs here."""
     socket = loaded.node.controller if has_controller(loaded) else loaded.node.control
-    return control.request(socket, "promote", dry_run=True, yes=yes, force=force)
+    return control.request(socket, "promote", dry_run=True, yes=yes, force=force, automatic=automatic)
 
 
 def switchover(

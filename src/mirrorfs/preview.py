@@ -33,13 +33,13 @@ class Preview:
         self._answered = trio.Event()
         self._open_there: dict[str, Any] | None = None
 
-    async def describe(self, *, yes: bool, force: bool) -> dict[str, Any]:
+    async def describe(self, *, yes: bool, force: bool, automatic: bool = False) -> dict[str, Any]:
         """In plain values, times in seconds. `against` is the line with which `promote` would end, and `exit_status` its exit
         status."""
         async with self._asking:
-            return await self._describe(yes=yes, force=force)
+            return await self._describe(yes=yes, force=force, automatic=automatic)
 
-    async def _describe(self, *, yes: bool, force: bool) -> dict[str, Any]:
+    async def _describe(self, *, yes: bool, force: bool, automatic: bool) -> dict[str, Any]:
         node = self._node
         found: dict[str, Any] = {"node": node.name, "against": "", "exit_status": 0}
         if node.primary is not None:
@@ -48,7 +48,7 @@ class Preview:
         if node.standby is not None and node.connected:
             missing, trip_s = await self._of_handover(found, force=force)
         else:
-            missing, trip_s = await self._of_promotion(found, yes=yes, force=force)
+            missing, trip_s = await self._of_promotion(found, yes=yes, force=force, automatic=automatic)
         return found | {"missing": missing, "open": self._open_there, "role_s": _RECORDS * record_s + _TRIPS * trip_s}
 
     async def _of_handover(self, found: dict[str, Any], *, force: bool) -> tuple[str, float]:
@@ -64,16 +64,16 @@ class Preview:
             return str(error), trip_s
         return "", trip_s
 
-    async def _of_promotion(self, found: dict[str, Any], *, yes: bool, force: bool) -> tuple[str, float]:
+    async def _of_promotion(self, found: dict[str, Any], *, yes: bool, force: bool, automatic: bool) -> tuple[str, float]:
         node = self._node
         found["does"] = "promotion"
         self._open_there = None
         began = trio.current_time()
-        stands_against = await node.arbitration.stands_against()
+        stands_against = await node.arbitration.stands_against(automatic=automatic)
         trip_s = trio.current_time() - began if node.arbitration.decides else 0.0
         missing = node.promotion.could_miss() or stands_against
         try:
-            node.promotion.decide(yes=yes, force=force, automatic=False)
+            node.promotion.decide(yes=yes, force=force, automatic=automatic)
             if stands_against and not force:
                 found["against"], found["exit_status"] = f"{stands_against} (--force promotes all the same)", 3
         except MirrorfsError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from mirrorfs import backing
+from mirrorfs.lab import public
 from mirrorfs.lab.network import ADDRESSES, Network
 
 _BOOT: Final = Path(__file__).with_name("machine.sh")
@@ -48,7 +49,7 @@ class Machine:
         self.name = name
         self.address = ADDRESSES[name]
         self._directory = directory
-        self._network = network
+        self.network = network
         cgroups = _cgroups()
         assert cgroups is not None
         self._cgroup = cgroups / f"{network.prefix}-{name}"
@@ -63,7 +64,7 @@ class Machine:
         # exec'ed one after the other stays the same process, until `unshare` forks; if that ends, systemd is killed.
         joined = f'echo $$ >{shlex.quote(str(self._cgroup))}/cgroup.procs; exec "$@"'
         namespaces = ("--pid", "--mount", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child")
-        command = ["setpriv", "--pdeathsig=KILL", "sh", "-c", joined, "sh", *self._network.entering(self.name)]
+        command = ["setpriv", "--pdeathsig=KILL", "sh", "-c", joined, "sh", *self.network.entering(self.name)]
         log = (self._directory / "console").open("ab")
         with log:
             self._process = subprocess.Popen(
@@ -186,12 +187,14 @@ class Machine:
 
 
 @contextmanager
-def two_machines(directory: Path) -> Iterator[tuple[Machine, Machine]]:
-    """Two of them with a cable between, both up; nothing is left of them."""
+def two_machines(directory: Path, *, desk: bool = False) -> Iterator[tuple[Machine, Machine]]:
+    """Two of them with a cable between, both up; nothing is left of them. With a `desk` there is a third host (`public`)."""
     network = Network(f"mfs-boot-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:6]}")
     with ExitStack() as stack:
         stack.callback(network.remove)
         network.create()
+        if desk:
+            public.create(network)
         one, two = (Machine(name, directory / name, network) for name in ADDRESSES)
         for machine in (one, two):
             stack.callback(machine.remove)

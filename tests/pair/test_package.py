@@ -55,6 +55,7 @@ def test_what_is_in_it_belongs_to_root_and_has_its_place(package: Path) -> None:
         "/usr/sbin/mount.fuse.mirrorfs",
         "/usr/lib/systemd/system/mirrorfs@.service",
         "/usr/lib/systemd/system/mirrorfs-controller@.service",
+        "/usr/lib/ocf/resource.d/mirrorfs/volume",
         "/usr/share/doc/mirrorfs/README.md",
         "/usr/share/doc/mirrorfs/ansible/roles/mirrorfs/tasks/main.yml",
         "/usr/share/doc/mirrorfs/copyright",

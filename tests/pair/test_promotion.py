@@ -461,3 +461,6 @@ def test_a_preview_tells_what_could_be_missing_after_a_loss(lab: Lab) -> None:
     assert "cannot be reached since" in found["missing"]
     assert "--yes" in found["against"]
     assert (_preview(lab.two, "--yes")["against"], state(lab.two)) == ("", "waiting")
+    found = _preview(lab.two, "--automatic")
+    assert found["exit_status"] == RefusedError.exit_status
+    assert "there is no arbiter and allow_unarbitrated is not set: an operator has to promote" in found["against"]

@@ -262,8 +262,8 @@ async def test_a_node_that_is_not_running_is_stopped_and_ends_with_1(node: Node)
 async def test_commands_print_the_answer_and_pass_their_options_on(node: Node) -> None:
     async with running(node):
         for arguments, expected in (
-            (("promote", "--yes"), ("promote", {"yes": True, "force": False})),
-            (("promote", "--force"), ("promote", {"yes": False, "force": True})),
+            (("promote", "--yes"), ("promote", {"yes": True, "force": False, "automatic": False})),
+            (("promote", "--force"), ("promote", {"yes": False, "force": True, "automatic": False})),
             (("demote", "--force"), ("demote", {"force": True})),
             (("unmount",), ("unmount", {})),
             (("pause", "--yes"), ("pause", {"yes": True})),
@@ -290,7 +290,7 @@ async def test_a_question_without_a_terminal_ends_with_4(node: Node) -> None:
             "mirrorfs: the peer cannot be asked, was it lost? --yes says so\n",
         )
         assert (await mirrorfs("pause", "--config", node.file))[0] == 4
-    assert node.requests == [("promote", {"yes": False, "force": False}), ("pause", {"yes": False})]
+    assert node.requests == [("promote", {"yes": False, "force": False, "automatic": False}), ("pause", {"yes": False})]
 
 
 @pytest.mark.parametrize(("typed", "status", "promoted"), [(b"y\n", 0, True), (b"n\n", 4, False), (b"\n", 4, False)])
