@@ -9,44 +9,19 @@ import pytest
 from hypothesis import settings
 
 from mirrorfs.lab.pair import Lab
-from tests.sim.background import Background
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("mirrorfs", deadline=None)
 settings.load_profile("mirrorfs")
 
-_BACKGROUND = pytest.StashKey[Background]()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What only looks at a result comes last. Without root there are no mounts and no namespaces: say so, test by test."""
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+    """Without root there are no mounts and no namespaces: say so, test by test."""
     if os.geteuid() == 0:
         return
     for item in items:
         if item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root"))
-
-
-def pytest_runtestloop(session: pytest.Session) -> None:
-    """Begin what runs beside the tests, if one of them wants its result."""
-    if not session.config.option.collectonly and any(
-        "site_runs" in getattr(item, "fixturenames", ()) for item in session.items
-    ):
-        session.stash[_BACKGROUND] = Background()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End it, also when the tests were broken off."""
-    background = session.stash.get(_BACKGROUND, None)
-    if background is not None:
-        background.end()
-
-
-@pytest.fixture
-def site_runs(request: pytest.FixtureRequest) -> Background:
-    """Runs of the simulator that were begun with the first test."""
-    return request.session.stash[_BACKGROUND]
 
 
 @pytest.fixture(scope="session", params=["kernel", "pyfuse3"])

@@ -1,5 +1,7 @@
 """Pairs that a test may break: each has its own."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,12 +22,18 @@ _IS_DEBIANS_PYTHON = sys.base_prefix == "/usr" and Path("/usr/bin/dpkg-deb").exi
 
 @pytest.fixture(scope="session")
 def built_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Debian package of this very source; it takes a while, and is made once for all tests."""
+    """The Debian package of this very source; it takes a while, and is made once for all tests, also of other processes."""
     if not _IS_DEBIANS_PYTHON:
         pytest.skip("the package is made of Debian's Python, and this is another one")
-    directory = tmp_path_factory.mktemp("deb")
-    built = subprocess.run([sys.executable, _BUILD, directory], capture_output=True, text=True, check=True)
-    return Path(built.stdout.strip())
+    processes = "PYTEST_XDIST_WORKER" in os.environ
+    directory = (tmp_path_factory.getbasetemp().parent if processes else tmp_path_factory.getbasetemp()) / "built-package"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (found := list(directory.glob("*.deb"))):
+            built = subprocess.run([sys.executable, _BUILD, directory], capture_output=True, text=True, check=True)
+            found = [Path(built.stdout.strip())]
+    return found[0]
 
 
 @pytest.fixture(scope="session")
