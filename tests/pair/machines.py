@@ -93,10 +93,6 @@ class Machine:
         clean = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "TERM=dumb", "HOME=/root")
         return ["nsenter", f"--target={self._first()}", "--all", "--wdns=/", "--", *clean]
 
-    def entering_network(self) -> list[str]:
-        """The same for a command of this machine that is to be on the network of that one."""
-        return self._network.entering(self.name)
-
     def run(self, *command: str | Path, check: bool = True, timeout_s: float = _DEADLINE_S) -> str:
         """Run a command there, and return what it printed, errors too; AssertionError if it fails and `check` is asked for."""
         done = self.result(*command, timeout_s=timeout_s)

@@ -60,7 +60,7 @@ class Site:
     def __init__(self, directory: Path, one: Machine, two: Machine) -> None:
         self.one, self.two = one, two
         self.directory = directory / "fleet"
-        self._entering = one.entering_network()
+        self._entering = one.network.entering(one.name)
         shutil.copytree(_ANSIBLE, self.directory)
         key = directory / "key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
