@@ -353,6 +353,19 @@ def test_what_the_configuration_allows_without_an_arbiter_is_for_who_saw_the_los
         assert "an operator has to promote" in result.reason
 
 
+def test_a_standby_that_is_cut_off_itself_has_no_score(home: Path) -> None:
+    sections = '[arbiter]\nkind = "none"\nallow_unarbitrated = true\nisolation_check = "10.77.0.9"\n'
+    with _agents(home, sections) as (one, two):
+        Lab(one.host.directory).run_all()
+        one.host.kill()
+        wait_peer_lost(two.host)
+        assert two.run("monitor").status == SUCCESS
+        assert two.score == ""
+        result = two.run("promote")
+        assert result.status == GENERIC
+        assert "10.77.0.9 (isolation_check) answers: it is this node that is cut off" in result.reason
+
+
 def test_nobody_is_promoted_while_the_volume_is_new(agents: tuple[Agent, Agent]) -> None:
     one, two = agents
     for agent in (one, two):
