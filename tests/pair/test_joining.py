@@ -152,13 +152,16 @@ def test_the_code_can_go_from_a_file_to_stdin_and_is_printed_nowhere(lab: Lab, t
     with _without_default_keys():
         command = _mirrorfs(lab.one, "init", VOLUME, *arguments)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiting:
-            wait_for(code_file.exists, "the code is there")
-            assert code_file.stat().st_mode & 0o777 == 0o600
-            code = code_file.read_text()
-            joining = _mirrorfs(lab.two, "join", "-", "--node", "two", "--config", str(two))
-            done = subprocess.run(joining, input=code, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, done.stderr
-            said, _ = waiting.communicate(timeout=60)
+            try:
+                wait_for(code_file.exists, "the code is there")
+                assert code_file.stat().st_mode & 0o777 == 0o600
+                code = code_file.read_text()
+                joining = _mirrorfs(lab.two, "join", "-", "--node", "two", "--config", str(two))
+                done = subprocess.run(joining, input=code, capture_output=True, text=True, timeout=60)
+                assert done.returncode == 0, done.stderr
+                said, _ = waiting.communicate(timeout=60)
+            finally:
+                waiting.kill()
         assert waiting.returncode == 0, said
     assert "two has joined" in said
     assert code.strip() not in said
