@@ -33,8 +33,9 @@ _GREETING_TIMEOUT_S: Final = 5.0
 _MAX_STRANGERS: Final = 16
 #: So many more wait in the kernel.
 _BACKLOG: Final = 64
-#: While the other node is connected nobody is expected: one stranger at a time then, this long apart.
+#: While the other node is connected nobody is expected: one stranger at a time then, so long apart, and longer if they go on.
 _PACE_S: Final = 0.1
+_SLOWEST_PACE_S: Final = 1.0
 #: How often it is told that there are more.
 _TELL_S: Final = 60.0
 _REDIAL_S: Final = 0.3
@@ -453,7 +454,9 @@ async def _accept(
     nursery: trio.Nursery,
     is_connected: Callable[[], bool],
 ) -> None:
+    pace_s = _PACE_S
     while True:
+        began = trio.current_time()
         try:
             stream = await listener.accept()
         except OSError as error:
@@ -461,8 +464,13 @@ async def _accept(
             await trio.sleep(0.2)
             continue
         nursery.start_soon(serve, stream)
+        if trio.current_time() - began > _SLOWEST_PACE_S:
+            pace_s = _PACE_S  # nobody came for a while
         if is_connected():
-            await trio.sleep(_PACE_S)
+            await trio.sleep(pace_s)
+            pace_s = min(2 * pace_s, _SLOWEST_PACE_S)
+        else:
+            pace_s = _PACE_S
 
 
 async def dial(own_address: str, address: str, port: int, visitor: Visitor) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 CONNECTIONS: Final = 1000
-_DIALLERS: Final = 16
+_DIALLERS: Final = 2
 _BYTE_EVERY_S: Final = 0.2
 _PER_SECOND: Final = 2000
 _MTU: Final = 1514
@@ -88,7 +88,7 @@ def slow_handshakes(attack: Attack) -> None:
 
 
 def wrong_certificates(attack: Attack) -> None:
-    """Handshakes with a certificate that nobody knows, one after the other from sixteen threads."""
+    """Handshakes with a certificate that nobody knows, one after the other from two threads, which is more than are let in."""
     with tempfile.TemporaryDirectory() as directory:
         key, certificate = Path(directory) / "key.pem", Path(directory) / "certificate.pem"
         making = (
@@ -110,8 +110,8 @@ def wrong_certificates(attack: Attack) -> None:
 
     def dial() -> None:
         while attack.goes_on:
-            with suppress(OSError), socket.create_connection((attack.target, attack.port), 1, (attack.source, 0)) as plain:
-                plain.settimeout(1)
+            with suppress(OSError), socket.create_connection((attack.target, attack.port), 3, (attack.source, 0)) as plain:
+                plain.settimeout(3)
                 with context.wrap_socket(plain) as made:
                     attack.count += 1
                     made.recv(1)
