@@ -35,7 +35,7 @@ _MAX_STRANGERS: Final = 16
 _BACKLOG: Final = 64
 #: While the other node is connected nobody is expected: one stranger at a time then, so long apart, and longer if they go on.
 _PACE_S: Final = 0.1
-_SLOWEST_PACE_S: Final = 1.0
+_SLOWEST_PACE_S: Final = 0.5
 #: How often it is told that there are more.
 _TELL_S: Final = 60.0
 _REDIAL_S: Final = 0.3

@@ -89,7 +89,7 @@ def test_connections_of_the_other_node_that_say_nothing_are_bounded_and_end(lab:
         (lab.one.mount / "file").write_text("content")
         assert (lab.two.mount / "file").read_text() == "content"
         assert lab.is_mirrored()
-        wait_for(lambda: _sockets(lab) <= before + 1, "they are hung up on")
+        wait_for(lambda: _sockets(lab) <= before + 1, "they are hung up on", 120)
     finally:
         flood.communicate("", timeout=60)
     assert lab.is_mirrored()

@@ -149,7 +149,7 @@ def test_a_switch_over_fails_as_long_as_the_address_is_not_there(make_cluster: C
 
 
 def test_a_switch_over_to_a_node_that_cannot_start_the_service_fails_and_says_so(make_cluster: Callable[..., Cluster]) -> None:
-    site = make_cluster(SERVICE.replace('start = """', 'start = """test $(basename $LAB_HOME) = one || exit 3\n'))
+    site = make_cluster(SERVICE.replace('start = """', 'start = """test $(basename $LAB_HOME) = one || { sleep 3; exit 3; }\n'))
     done = mirrorfs(site.lab.one, "switchover")
     said = "mirrorfs: not given: the other node could not start it: look at `mirrorfs status` there"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
@@ -289,10 +289,11 @@ def test_a_killed_controller_leaves_no_address_and_a_new_one_takes_the_applicati
     site.kill_controller("one")
     shown = ("ip", "-o", "address", "show", "to", ADDRESS)
     wait_for(lambda: site.lab.one.run(*shown, capture_output=True).stdout == b"", "the kernel has dropped the address")
-    pids = site.lab.one.run("pgrep", "-f", "echo.py", capture_output=True).stdout
+    left = ("pgrep", "-f", f"{site.lab.one.mount}/echo.py")
+    pids = site.lab.one.run(*left, capture_output=True).stdout
     site.start_controller("one")
     wait_served_by(site, "one")
-    assert site.lab.one.run("pgrep", "-f", "echo.py", capture_output=True).stdout == pids, "it was not started anew"
+    assert site.lab.one.run(*left, capture_output=True).stdout == pids, "it was not started anew"
 
 
 def test_a_service_that_does_not_start_anywhere_ends_in_a_hold_that_says_why(make_cluster: Callable[..., Cluster]) -> None:

@@ -138,7 +138,7 @@ def test_connections_that_are_reset_at_once_do_not_disturb_the_pair(mirrored: La
     epoch, pids = lab.one.status()["epoch_tag"], lab.one.pids()
     reset = (
         "import socket, struct, sys\n"
-        "for _ in range(300):\n"
+        "for _ in range(60):\n"
         "    with socket.socket() as s:\n"
         "        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n"
         "        s.connect((sys.argv[1], int(sys.argv[2])))\n"

@@ -346,8 +346,10 @@ async def test_a_look_that_was_cancelled_as_it_began_does_not_count_as_one_that_
 
 
 @pytest.mark.root
-async def test_a_mount_that_hangs_is_looked_at_by_one_thread_only_until_it_has_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "mount"
+async def test_a_mount_that_hangs_is_looked_at_by_one_thread_only_until_it_has_come_back(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.mktemp("m") / "mount"  # short: a problem is told in so many characters
     with hanging_mount(path):
         assert await look("mount", path, SHORT_S) == f"mount {path}: no answer within 0.3 s"
         for _ in range(3):

@@ -129,7 +129,8 @@ async def test_a_start_command_is_killed_when_the_start_is_cancelled(tmp_path: P
     assert not is_alive(pid_in(tmp_path / "pid"))
 
 
-async def test_a_service_that_ends_at_once_has_not_started(tmp_path: Path, logs: Path) -> None:
+async def test_a_service_that_ends_at_once_has_not_started(tmp_path_factory: pytest.TempPathFactory, logs: Path) -> None:
+    tmp_path = tmp_path_factory.mktemp("s")  # short: a problem is told in so many characters
     check = replace(command_check(""), kind="process", target=f"{tmp_path}/short.pid")
     start = f"sh -c 'echo $$ > {tmp_path}/short.pid; echo no room left'"
     error = await start_failing(Services([replace(service("short", start, "", check), start_timeout_s=SHORT_S)], logs))
