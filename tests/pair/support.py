@@ -222,6 +222,7 @@ class Client:
 
     commit: Callable[[int], bool]
     noted: list[int] = field(default_factory=list)
+    deadline_s: float = 90
     _stopping: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -245,7 +246,7 @@ class Client:
     def wait_noted(self, more: int) -> None:
         """Wait until so many more were acknowledged."""
         goal = len(self.noted) + more
-        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", 90)
+        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", self.deadline_s)
 
 
 def _content(file: Path) -> bytes:

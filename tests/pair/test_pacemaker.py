@@ -4,10 +4,9 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from mirrorfs.lab.etcd import EtcdCluster
 from mirrorfs.lab.network import DESK
 from mirrorfs.lab.pair import wait_for
 from tests.pair.machines import Machine, two_machines, why_not
+from tests.pair.support import Client
 
 _PAGE: Final = Path(__file__).parents[2] / "docs" / "PACEMAKER.md"
 _ADDRESS: Final = "10.79.0.100"
@@ -133,6 +133,10 @@ class Cluster:
         command = [*self.one.network.entering(DESK), "timeout", "5", *options, text]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
 
+    def commit(self, number: int) -> bool:
+        """Note a number in the database; whether that was acknowledged."""
+        return self.query(f"insert into noted values ({number})").returncode == 0
+
     def serves(self, machine: Machine) -> bool:
         """Whether Pacemaker has promoted the volume there, and the address is there."""
         return f"Promoted: [ {machine.name} ]" in self.look() and _ADDRESS in machine.run("ip", "-4", "address")
@@ -162,37 +166,6 @@ class Cluster:
 def _status(machine: Machine) -> dict[str, Any]:
     done = machine.result("mirrorfs", "status", "--json")
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
-
-
-@dataclass(slots=True)
-class Client:
-    """Commits one number after the other at the address; notes those that were acknowledged."""
-
-    cluster: Cluster
-    noted: list[int] = field(default_factory=list)
-    _stopping: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> "Client":
-        self._thread = threading.Thread(target=self._commit)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        assert self._thread is not None
-        self._thread.join()
-
-    def _commit(self) -> None:
-        number = 0
-        while not self._stopping.is_set():
-            number += 1  # never the same twice: one that was not acknowledged may be there all the same
-            if self.cluster.query(f"insert into noted values ({number})").returncode == 0:
-                self.noted.append(number)
-
-    def wait_noted(self, more: int) -> None:
-        goal = len(self.noted) + more
-        wait_for(lambda: len(self.noted) >= goal, f"{more} more commits are acknowledged", _DEADLINE_S)
 
 
 @pytest.fixture
@@ -226,7 +199,7 @@ def test_a_database_moves_with_its_volume_by_command_and_by_a_power_cut(cluster:
     events = one.run("journalctl", "--quiet", "--output=cat", "--identifier=mirrorfs", "MIRRORFS_EVENT=promoted")
     assert events.splitlines()[0] == "one was promoted"
 
-    with Client(cluster) as client:
+    with Client(cluster.commit, deadline_s=_DEADLINE_S) as client:
         client.wait_noted(10)
         one.run("crm", "resource", "move", "volume-clone", "two")
         cluster.wait_serving(two)

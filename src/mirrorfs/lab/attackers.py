@@ -18,13 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from mirrorfs.lab.network import INTERFACE
+
 CONNECTIONS: Final = 1000
 _DIALLERS: Final = 2
 _BYTE_EVERY_S: Final = 0.2
 _PER_SECOND: Final = 2000
 _MTU: Final = 1514
 _ALL_PROTOCOLS: Final = 3
-_INTERFACE: Final = "eth0"
 
 
 class Attack:
@@ -126,7 +127,7 @@ def wrong_certificates(attack: Attack) -> None:
 def captured_frames(attack: Attack) -> None:
     """What this host has sent within a second, of link and heartbeats, again and again: as it was, and in another order."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL_PROTOCOLS)) as cable:
-        cable.bind((_INTERFACE, 0))
+        cable.bind((INTERFACE, 0))
         cable.settimeout(0.1)
         captured, until = list[bytes](), time.monotonic() + 1
         while time.monotonic() < until and len(captured) < _PER_SECOND:
