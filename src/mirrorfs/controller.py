@@ -112,7 +112,9 @@ async def _run(config: Config, keys: KeyFiles) -> None:
     controller.heart = heart
     mount.on_change = controller.wake
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(mount.run)
+        # First what the mount is: a controller that does not know takes it for stopped, tells the other one so, and stops the
+        # application that an earlier controller has left where it belongs.
+        await nursery.start(mount.run)
         await nursery.start(addresses.run)
         await nursery.start(heart.run)
         nursery.start_soon(_renew_key, heart, keys)

@@ -2,6 +2,9 @@
 
 What a machine is made of stands in machine.sh. It ends with the process that has started it, however that ends: systemd is the
 first of its PID namespace, so all that runs there goes with it, and its mounts with the last process.
+
+What a machine has not written itself it sees of this one's files: whoever installs or removes something does so on a machine,
+since each of the others, in tests beside, would have it too, or lose it.
 """
 
 import hashlib
@@ -183,16 +186,29 @@ class Machine:
 
 
 @contextmanager
-def two_machines(directory: Path, *, desk: bool = False) -> Iterator[tuple[Machine, Machine]]:
-    """Two of them with a cable between, both up; nothing is left of them. With a `desk` there is a third host (`public`)."""
+def _booted(directory: Path, *names: str, desk: bool = False) -> Iterator[list[Machine]]:
     network = Network(f"mfs-boot-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:6]}")
     with ExitStack() as stack:
         stack.callback(network.remove)
         network.create()
         if desk:
             public.create(network)
-        one, two = (Machine(name, directory / name, network) for name in ADDRESSES)
-        for machine in (one, two):
+        found = [Machine(name, directory / name, network) for name in names]
+        for machine in found:
             stack.callback(machine.remove)
             machine.boot()
+        yield found
+
+
+@contextmanager
+def two_machines(directory: Path, *, desk: bool = False) -> Iterator[tuple[Machine, Machine]]:
+    """Two of them with a cable between, both up; nothing is left of them. With a `desk` there is a third host (`public`)."""
+    with _booted(directory, *ADDRESSES, desk=desk) as (one, two):
         yield one, two
+
+
+@contextmanager
+def one_machine(directory: Path) -> Iterator[Machine]:
+    """The first of them alone."""
+    with _booted(directory, next(iter(ADDRESSES))) as (one,):
+        yield one

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -292,6 +293,28 @@ def test_a_killed_controller_leaves_no_address_and_a_new_one_takes_the_applicati
     left = ("pgrep", "-f", f"{site.lab.one.mount}/echo.py")
     pids = site.lab.one.run(*left, capture_output=True).stdout
     site.start_controller("one")
+    wait_served_by(site, "one")
+    assert site.lab.one.run(*left, capture_output=True).stdout == pids, "it was not started anew"
+
+
+def test_a_new_controller_does_not_stop_the_application_before_it_knows_the_mount(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster(failover='detection_timeout = "30s"')
+    left = ("pgrep", "-f", f"{site.lab.one.mount}/echo.py")
+    pids = site.lab.one.run(*left, capture_output=True).stdout
+    site.kill_controller("one")
+    mount = site.lab.one.pids()
+
+    def send(number: signal.Signals) -> None:
+        for pid in mount:
+            os.kill(pid, number)
+
+    send(signal.SIGSTOP)
+    goes_on = threading.Timer(2, send, (signal.SIGCONT,))
+    goes_on.start()
+    try:
+        site.start_controller("one")
+    finally:
+        goes_on.join()
     wait_served_by(site, "one")
     assert site.lab.one.run(*left, capture_output=True).stdout == pids, "it was not started anew"
 
