@@ -364,7 +364,7 @@ class Controller:
                 while not self._peer_serves or self.posture is not Posture.IDLE:
                     if not wait and self.posture in (Posture.YIELDING, Posture.GIVING):
                         return _UNDER_WAY
-                    gone |= self.posture is Posture.IDLE
+                    gone |= self.posture is Posture.IDLE and self._see_mount() is not Mount.LEADS
                     if not self._give and self.posture in (Posture.SERVING, Posture.STARTING):
                         came_back = "the other node could not start it: look at `mirrorfs status` there" if gone else ""
                         raise MirrorfsError(f"not given: {came_back or self.application.trouble or self.reason}")

@@ -150,7 +150,7 @@ def test_a_switch_over_fails_as_long_as_the_address_is_not_there(make_cluster: C
 
 
 def test_a_switch_over_to_a_node_that_cannot_start_the_service_fails_and_says_so(make_cluster: Callable[..., Cluster]) -> None:
-    site = make_cluster(SERVICE.replace('start = """', 'start = """test $(basename $LAB_HOME) = one || { sleep 3; exit 3; }\n'))
+    site = make_cluster(SERVICE.replace('start = """', 'start = """test $(basename $LAB_HOME) = one || exit 3\n'))
     done = mirrorfs(site.lab.one, "switchover")
     said = "mirrorfs: not given: the other node could not start it: look at `mirrorfs status` there"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
@@ -161,6 +161,23 @@ def test_a_switch_over_to_a_node_that_cannot_start_the_service_fails_and_says_so
     done = mirrorfs(site.lab.one, "switchover")
     said = "mirrorfs: the other node does not serve, it is held: `mirrorfs status` there says why"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+    wait_for(lambda: (site.says("one") or {}).get("mount") == "standby", "the first one follows")
+    done = mirrorfs(site.lab.one, "promote")
+    assert done.returncode == 0, done.stderr
+    assert served_by(site) == "one", "who is held gives it, too"
+
+
+def test_a_switch_over_in_maintenance_moves_what_a_controller_has_not_taken_up(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    site.command("one", "maintenance", on=True)
+    wait_for(lambda: bool((site.says("two") or {}).get("maintenance")), "the other controller knows")
+    site.kill_controller("one")
+    site.start_controller("one")
+    assert site.posture("one") == "idle"
+    done = mirrorfs(site.lab.one, "switchover")
+    assert done.returncode == 0, done.stderr
+    wait_served_by(site, "two")
+    assert site.lab.one.run("pgrep", "-f", f"{site.lab.one.mount}/echo.py", capture_output=True).stdout == b""
 
 
 def test_an_isolated_node_gives_up_and_follows_afterwards(make_cluster: Callable[..., Cluster]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mirrorfs.core.controller import RULES, Budget, Do, Mount, Posture, Services, View, next_rule
@@ -11,6 +11,7 @@ from tests.unit import controller_table
 
 P = Posture
 PRIMARY = View(mount=Mount.LEADS, services=Services.UP, peer_mount=Mount.FOLLOWS)
+FAILED = replace(PRIMARY, services=Services.FAILED)
 STANDBY = View(mount=Mount.FOLLOWS, peer_mount=Mount.LEADS, peer_posture=P.SERVING)
 #: The standby after its primary has gone with everything.
 LEFT = replace(STANDBY, mount=Mount.WAITING, unlinked_s=3.0, silent_s=3.0)
@@ -74,7 +75,15 @@ def taken(posture: Posture, view: View) -> str:
         (P.SERVING, replace(PRIMARY, mount=Mount.STOPPED, maintenance=True), "the mount does not serve -> stopping"),
         (P.SERVING, replace(PRIMARY, unwell=True), "a service stays unwell -> yielding"),
         (P.SERVING, replace(PRIMARY, unwell=True, peer_mount=Mount.BEHIND), ""),
-        (P.STARTING, replace(PRIMARY, services=Services.FAILED, peer_mount=Mount.BEHIND), "one does not start -> held"),
+        (P.STARTING, FAILED, "one does not start, the other node can have it -> yielding"),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND), ""),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.WAITING, unlinked_s=1.0), ""),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, in_posture_s=15.0), "one does not start -> held"),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, silent_s=3.0), "one does not start -> held"),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.STOPPED), "one does not start -> held"),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, maintenance=True), "one does not start -> held"),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, may_fail_over=False), "one does not start -> held"),
+        (P.STARTING, replace(FAILED, peer_posture=P.HELD), "one does not start -> held"),
         (P.GIVING, replace(PRIMARY, refused=True), "it is refused, or came back at once -> starting"),
         (P.GIVING, PRIMARY, ""),
         (P.GIVING, replace(PRIMARY, answered_s=1.0), "it is refused, or came back at once -> starting"),
@@ -86,7 +95,11 @@ def taken(posture: Posture, view: View) -> str:
         (P.GIVING, replace(LEFT, silent_s=0.0, peer_posture=P.IDLE), "nobody begins there -> idle"),
         (P.IDLE, replace(PRIMARY, services=Services.DOWN, maintenance=True), ""),
         (P.IDLE, replace(PRIMARY, maintenance=True, peer_posture=P.GIVING), "the mount leads -> starting"),
+        (P.IDLE, replace(PRIMARY, maintenance=True, told_to_give=True), "a person wants it there -> yielding"),
         (P.HELD, PRIMARY, ""),
+        (P.HELD, replace(PRIMARY, told_to_give=True), "a person wants it there -> yielding"),
+        (P.HELD, replace(PRIMARY, told_to_give=True, mount=Mount.WAITING), ""),
+        (P.HELD, replace(PRIMARY, told_to_give=True, peer_mount=Mount.BEHIND), ""),
     ],
 )
 def test_a_situation_has_one_answer(posture: Posture, view: View, expected: str) -> None:
@@ -108,6 +121,7 @@ def test_a_mount_that_does_not_serve_stops_the_application_whatever_else_there_i
 
 @given(posture=st.sampled_from(Posture), view=views)
 def test_in_maintenance_no_role_is_asked_for_and_nothing_counted(posture: Posture, view: View) -> None:
+    assume(view.peer_posture is not P.GIVING)  # by a person's word
     rule = next_rule(posture, replace(view, maintenance=True))
     if rule is not None and posture is P.IDLE:
         assert not {Do.PROMOTE, Do.TAKE_OVER, Do.START} & set(rule.do)

@@ -67,7 +67,7 @@ class Limits:
 
     `detection_s`: a silence after which the other node is lost. `freeze_s`: how long a frozen mount may keep its addresses.
     `orphan_s`: how long a primary may be without its controller. `ask_s`: how long the other node may take to give the role.
-    `retry_s`: between two promotions that are refused.
+    `retry_s`: between two promotions that are refused. `settle_s`: within which a node that has given the role follows.
     """
 
     detection_s: float = 3.0
@@ -75,6 +75,7 @@ class Limits:
     orphan_s: float = 15.0
     ask_s: float = 120.0
     retry_s: float = 1.0
+    settle_s: float = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,11 @@ class View:
     def peer_can_take(self) -> bool:
         """Whether the other node could have the role now."""
         return self.linked and self.hears and self.peer_mount is Mount.FOLLOWS and self.peer_posture is not Posture.HELD
+
+    @property
+    def peer_can_soon(self) -> bool:
+        """Whether the other node is on its way to where it could have the role, as one that has just given it is."""
+        return self.hears and self.peer_mount in (Mount.WAITING, Mount.BEHIND) and self.in_posture_s < self.limits.settle_s
 
     @property
     def may_ask_again(self) -> bool:
@@ -204,6 +210,13 @@ RULES: Final = (
         _automatic(lambda v: v.prefers and v.mount is Mount.FOLLOWS and v.hears and v.peer_posture is P.SERVING),
         P.ASKING,
     ),
+    Rule(
+        P.IDLE,
+        "a person wants it there",  # a controller that has started in maintenance has not taken the application up
+        lambda v: v.mount is Mount.LEADS and v.told_to_give and v.peer_can_take,
+        P.YIELDING,
+        (Do.STOP,),
+    ),
     Rule(P.ASKING, "it is given", lambda v: v.mount is Mount.LEADS, P.STARTING, (Do.START, Do.FORGET)),
     Rule(P.ASKING, "it is refused", lambda v: v.peer_refuses, P.IDLE, (Do.FORGET,)),
     Rule(P.ASKING, "this node does not follow any more", lambda v: v.mount is not Mount.FOLLOWS, P.IDLE, (Do.FORGET,)),
@@ -227,7 +240,13 @@ RULES: Final = (
         P.YIELDING,
         (Do.STOP, Do.COUNT),
     ),
-    Rule(P.STARTING, "one does not start", lambda v: v.services is Services.FAILED, P.HELD, (Do.STOP,)),
+    Rule(
+        P.STARTING,
+        "one does not start",
+        lambda v: v.services is Services.FAILED and (v.maintenance or not v.may_fail_over or not v.peer_can_soon),
+        P.HELD,
+        (Do.STOP,),
+    ),
     Rule(
         P.STARTING,
         "a person wants it there",
@@ -273,6 +292,13 @@ RULES: Final = (
         lambda v: v.mount is Mount.LEADS and (v.refused or v.came_to_nothing),
         P.STARTING,
         (Do.START, Do.FORGET),
+    ),
+    Rule(
+        P.HELD,
+        "a person wants it there",
+        lambda v: v.mount is Mount.LEADS and v.told_to_give and v.peer_can_take,
+        P.YIELDING,
+        (Do.STOP,),
     ),
     Rule(P.HELD, "a person has looked", lambda v: v.released, P.IDLE, (Do.FORGET,)),
 )
