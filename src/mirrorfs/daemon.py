@@ -153,6 +153,7 @@ class Daemon:
                         yes=bool(arguments.get("yes")),
                         force=bool(arguments.get("force")),
                         automatic=bool(arguments.get("automatic")),
+                        outdated=bool(arguments.get("outdated")),
                     )
                 }
             case "demote":

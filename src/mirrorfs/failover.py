@@ -73,6 +73,8 @@ class _Peer:
     refuses: str = ""
     #: Whether its addresses are there, as far as it says so: earlier versions do not.
     reachable: bool = True
+    #: Whether its mount is the primary and mirrors to nobody.
+    alone: bool = False
     stop_s: float | None = None
 
 
@@ -107,6 +109,8 @@ class Controller:
         self._frozen_at = self._standby_at = self._answered_at = 0.0
         self._take = self._give = self._released = self._refused = False
         self._refusal = ""
+        #: The primary that was lost has gone on alone since.
+        self._outdated = False
         self._victim: tuple[int, str] | None = None
         self._told: deque[Rule] = deque(maxlen=_TOLD)
 
@@ -207,6 +211,10 @@ class Controller:
         self._now = now
         if mount not in (Mount.STOPPED, Mount.HUNG) and status.get("peer", {}).get("state") != "disconnected":
             self._linked_at = now
+        if self._peer.alone:
+            self._outdated = True
+        elif self._linked_at == now:
+            self._outdated = False
         self._frozen_at = (self._frozen_at or now) if mount is Mount.FROZEN else 0.0
         self._standby_at = (self._standby_at or now) if mount is Mount.FOLLOWS else 0.0
         if mount not in (Mount.STOPPED, Mount.HUNG) and "pid" in status:
@@ -253,7 +261,8 @@ class Controller:
             case Do.STOP:
                 self.application.end(self._nursery, self._fence)
             case Do.PROMOTE:
-                self._nursery.start_soon(self._request, self.posture, "promote", {"automatic": True})
+                arguments = {"automatic": True, "outdated": self._outdated}
+                self._nursery.start_soon(self._request, self.posture, "promote", arguments)
             case Do.TAKE_OVER:
                 self._nursery.start_soon(self._request, self.posture, "promote", {})
             case Do.HAND_OVER:
@@ -292,6 +301,7 @@ class Controller:
             "maintenance": [self._memory.maintenance_count, self._memory.maintenance],
             "macs": self.application.macs(),
             "reachable": self.application.is_reachable,
+            "alone": self._see_mount() is Mount.LEADS and (self._mount.status or {}).get("state") == "solo",
             "stop_s": self._memory.stop_s,
         }
 
@@ -309,6 +319,7 @@ class Controller:
                 bool(content["asks"]),
                 str(content["refuses"]),
                 bool(content.get("reachable", True)),
+                bool(content.get("alone", False)),
                 None if stop_s is None else float(stop_s),
             )
             self._memory.hear(int(count), bool(on), macs)
@@ -443,6 +454,7 @@ class Controller:
                 "heard": silent_s < self._limits.detection_s,
                 "posture": str(self._peer.posture),
                 "mount": str(self._peer.mount),
+                "alone": self._peer.alone,
             },
             "networks": self.heart.networks,
         }

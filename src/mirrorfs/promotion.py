@@ -112,11 +112,14 @@ class Promotion:
             if not node.peer_joined:
                 link.close("taken over: greeting again")
 
-    async def promote(self, *, yes: bool, force: bool, automatic: bool = False) -> str:
+    async def promote(self, *, yes: bool, force: bool, automatic: bool = False, outdated: bool = False) -> str:
         """Become the primary on an operator's word, or on a controller's (`automatic`): nobody can be asked then.
 
+        `outdated`: the controller has heard that the lost primary went on alone, so that what it wrote since is missing here.
         Returns what was done, or raises what stands against it.
         """
+        if outdated:
+            self._node.lost_in_sync = False  # also for a controller that has heard nothing of it, since it was started later
         try:
             return await self._promote(yes=yes, force=force, automatic=automatic)
         except (RefusedError, ConfirmationNeededError) as error:

@@ -194,6 +194,32 @@ def test_an_isolated_node_gives_up_and_follows_afterwards(make_cluster: Callable
     assert site.lab.primary() is site.lab.two
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_who_knows_that_the_primary_went_on_alone_is_not_promoted_by_itself(
+    make_cluster: Callable[..., Cluster], alone: bool
+) -> None:
+    site = make_cluster(arbiter='[arbiter]\nkind = "none"\nallow_unarbitrated = true')
+    if alone:
+        site.lab.cut()  # the mounts' link, while the controllers hear each other over the other network
+        wait_for(lambda: bool((site.says("two") or {"peer": {}})["peer"].get("alone")), "it goes on alone, and is heard")
+        (site.lab.one.mount / "alone").write_text("acknowledged")
+    site.kill_host("one")
+    if not alone:
+        wait_served_by(site, "two")
+        return
+    wait_for(lambda: "went on alone" in trouble(site, "two"), "it is refused")
+    site.kill_controller("two")
+    site.start_controller("two")
+    wait_for(lambda: "went on alone" in trouble(site, "two"), "a controller that has not heard of it is refused, too")
+    assert site.lab.two.status()["state"] == "waiting"
+    site.lab.heal()
+    site.lab.one.start()
+    site.start_controller("one")
+    wait_served_by(site, "one")
+    site.lab.wait_mirrored()
+    assert (site.lab.two.mount / "alone").read_text() == "acknowledged"
+
+
 def test_without_the_arbiter_a_healthy_pair_goes_on(make_cluster: Callable[..., Cluster]) -> None:
     site = make_cluster()
     site.etcd.stop_member(0)
