@@ -98,6 +98,7 @@ ORDER = [
     "search",
     "table",
     "logs",
+    "files",
     "space",
     "backing",
     "config",

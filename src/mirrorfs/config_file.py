@@ -6,7 +6,7 @@ from typing import Final
 
 from mirrorfs import config as configuration
 from mirrorfs.errors import ConfigError, MirrorfsError
-from mirrorfs.trust import write_durably
+from mirrorfs.files import write_durably
 
 _NEW_MODE: Final = 0o644
 

@@ -1,13 +1,12 @@
 """What a controller must still know when it is started again: maintenance, the failovers of late, the other node's MACs."""
 
-import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from mirrorfs.core.controller import Budget
+from mirrorfs.files import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +78,8 @@ class Memory:
         }
 
     def _write(self) -> None:
-        fresh = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(fresh, "w") as file:
-                json.dump(self._content(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
+            write_durably(self._path, json.dumps(self._content()).encode(), 0o644)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                fresh.unlink()
             log.warning("%s: cannot be written: %s", self._path, error.strerror)

@@ -22,6 +22,7 @@ from mirrorfs.config import NodeConfig
 from mirrorfs.core import beats
 from mirrorfs.core.beats import Beat, BeatError, Hearing, Verdict
 from mirrorfs.errors import ConfigError, MirrorfsError
+from mirrorfs.files import version
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +111,12 @@ class KeyFiles:
         """`read` makes the key of what is in `files`; raises what it does."""
         self._read = read
         self._files = files
-        self._seen = self._look()  # first: what changes in between is another key
+        self._seen = version(*files)  # first: what changes in between is another key
         self.key = read()
 
     def refresh(self) -> bool:
         """Whether it is another key now. One that cannot be had is told, and the one before stays."""
-        if (seen := self._look()) == self._seen:
+        if (seen := version(*self._files)) == self._seen:
             return False
         self._seen, before = seen, self.key
         try:
@@ -123,18 +124,6 @@ class KeyFiles:
         except (MirrorfsError, OSError, ValueError) as error:
             log.warning("the key of the heartbeats stays what it was: %s", error)
         return self.key != before
-
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [_version(file) for file in self._files]
-
-
-def _version(file: Path) -> tuple[int, int, int] | None:
-    """What tells a file from what it is replaced by, or overwritten with; None if there is none."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_ctime_ns
 
 
 @dataclass(slots=True)

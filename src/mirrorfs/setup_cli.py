@@ -106,7 +106,7 @@ def init(
 
 
 def _write_code(file: Path, code: str) -> None:
-    from mirrorfs.trust import write_durably
+    from mirrorfs.files import write_durably
 
     try:
         write_durably(file, f"{code}\n".encode(), 0o600)

@@ -14,7 +14,6 @@ nobody has to be told.
 import contextlib
 import datetime
 import logging
-import os
 import ssl
 import stat
 import threading
@@ -28,6 +27,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mirrorfs.errors import ConfigError, MirrorfsError
+from mirrorfs.files import Version, version, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Trust:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._renewing = threading.Lock()  # a connection and the daily look may come together
+        #: Made of files that may be replaced. Strangers who knock have nothing made for each of them.
+        self._made: dict[tuple[bool, bool], tuple[Version, ssl.SSLContext]] = {}
 
     @property
     def identity(self) -> Path:
@@ -152,10 +154,16 @@ class Trust:
             if not self._link.exists():
                 raise
             # The present one may be good for weeks: `Daemon` tells what is wrong.
+        files = version(self._link, self.peer)  # first: what is replaced in between is looked at again
+        known = self._made.get((server_side, encrypted))
+        if known is not None and known[0] == files:
+            return known[1]
         try:
-            return self._context(server_side=server_side, encrypted=encrypted)
+            made = self._context(server_side=server_side, encrypted=encrypted)
         except OSError as error:  # ssl.SSLError is one
             raise MirrorfsError(f"the keys in {self.directory} cannot be used: {error}") from None
+        self._made[server_side, encrypted] = files, made
+        return made
 
     def _context(self, *, server_side: bool, encrypted: bool) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
@@ -270,22 +278,3 @@ def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _public(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def write_durably(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None = None) -> None:
-    """Put a file there as a whole, in place of what was there; OSError if that cannot be. `owner` are user and group."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        if owner is not None:
-            os.fchown(descriptor, *owner)
-        os.fchmod(descriptor, mode)
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    fresh.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -200,6 +200,23 @@ def test_a_certificate_that_cannot_be_made_anew_does_not_take_the_present_one_aw
         one.context(server_side=True)
 
 
+def test_a_context_is_made_once_and_anew_when_either_certificate_is_another_one(
+    pair: tuple[Trust, Trust], tmp_path: Path
+) -> None:
+    one, two = pair
+    first = one.context(server_side=True)
+    assert one.context(server_side=True) is first
+    assert one.context(server_side=False) is not first
+    one.renew(now=now() + LINK_DAYS / 2 * DAY)
+    second = one.context(server_side=True)
+    assert second is not first
+    stranger = Trust(tmp_path / "stranger")
+    stranger.make("stranger")
+    one.pin(stranger.identity.read_bytes())
+    with pytest.raises((LinkLostError, ProtocolError)):
+        shake_hands(*channels(one, two))
+
+
 def test_keys_are_for_their_owner_only(pair: tuple[Trust, Trust]) -> None:
     one, _ = pair
     one.renew()

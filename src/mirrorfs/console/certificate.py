@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mirrorfs.errors import MirrorfsError
-from mirrorfs.trust import write_durably
+from mirrorfs.files import write_durably
 
 _DAYS: Final = 397  # browsers take no longer ones
 _RENEW_DAYS: Final = 60

@@ -28,6 +28,7 @@ from mirrorfs.console.lines import Lines
 from mirrorfs.console.observer import NodePort, Observer
 from mirrorfs.console.users import Users
 from mirrorfs.errors import MirrorfsError
+from mirrorfs.files import Version, version
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class _Prepared:
     context: ssl.SSLContext
     server: ServerConfig
     users: Users
-    loaded: tuple[int, ...] = ()
+    loaded: Version = ()
     failure: str = ""
     certificate_seen_s: float = field(default_factory=time.monotonic)
 
@@ -99,7 +100,7 @@ class _Prepared:
         except OSError as error:
             raise MirrorfsError(f"{certificate} and {key} cannot be used: {error}") from None
         assert context is not None
-        return cls(config, certificate, key, context, server, users, _stamp(certificate, key))
+        return cls(config, certificate, key, context, server, users, version(certificate, key))
 
     def look(self) -> None:
         """See whether users or certificate have changed; what cannot be read is told once."""
@@ -109,7 +110,7 @@ class _Prepared:
             if (now_s := time.monotonic()) - self.certificate_seen_s >= _CERTIFICATE_S:
                 self.certificate_seen_s = now_s
                 _certificate(self.config)
-            if (now := _stamp(self.certificate, self.key)) != self.loaded:
+            if (now := version(self.certificate, self.key)) != self.loaded:
                 self.context.load_cert_chain(self.certificate, self.key)
                 self.loaded = now
                 log.info("the console has a new certificate")
@@ -134,10 +135,6 @@ def _certificate(config: Config) -> tuple[Path, Path]:
         return settings.certificate, settings.key
     file = own_certificate(own.keys / "console.pem", own.console)
     return file, file
-
-
-def _stamp(*files: Path) -> tuple[int, ...]:
-    return tuple(number for status in map(Path.stat, files) for number in (status.st_ino, status.st_mtime_ns, status.st_size))
 
 
 async def _serve(config: Config, node: NodePort) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from mirrorfs.console.roles import Role
 from mirrorfs.errors import MirrorfsError, UsageError
-from mirrorfs.trust import write_durably
+from mirrorfs.files import Version, version, write_durably
 
 #: RFC 7914 with 32 MiB: a tenth of a second, and for somebody who has the file as much for each guess.
 _SCRYPT: Final = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20, "dklen": 32}
@@ -33,15 +33,13 @@ class Users:
     def __init__(self, keys: Path) -> None:
         """`keys` is the directory of the node's keys."""
         self.file = keys / "console-users.json"
-        self._read_as: tuple[int, int, int] | None = None
+        self._read_as: Version | None = None
         self._content: Content = {"users": {}, "tokens": {}}
 
     def refresh(self) -> None:
         """Look at the file; may wait for the disk. Raises MirrorfsError if it cannot be read: then nobody is known."""
         try:
-            status = self.file.stat()
-            now = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if now != self._read_as:
+            if (now := version(self.file)) != self._read_as:
                 self._content = _checked(json.loads(self.file.read_text()))
                 self._read_as = now
         except FileNotFoundError:
