@@ -13,6 +13,8 @@ P = Posture
 PRIMARY = View(mount=Mount.LEADS, services=Services.UP, peer_mount=Mount.FOLLOWS)
 FAILED = replace(PRIMARY, services=Services.FAILED)
 STANDBY = View(mount=Mount.FOLLOWS, peer_mount=Mount.LEADS, peer_posture=P.SERVING)
+#: The standby of a primary whose controller is not heard.
+ORPHANED = replace(STANDBY, silent_s=15.0, in_posture_s=15.0)
 #: The standby after its primary has gone with everything.
 LEFT = replace(STANDBY, mount=Mount.WAITING, unlinked_s=3.0, silent_s=3.0)
 
@@ -60,8 +62,10 @@ def taken(posture: Posture, view: View) -> str:
         (P.IDLE, replace(LEFT, may_fail_over=False), "the other node is lost, once too often -> held"),
         (P.IDLE, replace(LEFT, refused=True, in_posture_s=0.5), ""),
         (P.IDLE, replace(LEFT, mount=Mount.BEHIND), ""),
-        (P.IDLE, replace(STANDBY, silent_s=14.0), ""),
-        (P.IDLE, replace(STANDBY, silent_s=15.0), "the controller of the primary is gone -> taking"),
+        (P.IDLE, replace(STANDBY, silent_s=14.0, in_posture_s=60.0), ""),
+        (P.IDLE, ORPHANED, "the controller of the primary is gone -> taking"),
+        (P.IDLE, replace(ORPHANED, in_posture_s=14.0), ""),
+        (P.IDLE, replace(ORPHANED, may_fail_over=False), "the controller of the primary is gone, once too often -> held"),
         (P.IDLE, replace(STANDBY, told_to_take=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, told_to_take=True, maintenance=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, prefers=True), "this node is preferred -> asking"),

@@ -140,6 +140,15 @@ class View:
         return self.hears and self.peer_mount in (Mount.WAITING, Mount.BEHIND) and self.in_posture_s < self.limits.settle_s
 
     @property
+    def is_orphaned(self) -> bool:
+        """Whether the primary's controller has been gone for long while this node had nothing to do.
+
+        Where only the heartbeats are lost, both ways, the nodes would else take the role from each other at once.
+        """
+        silent_s = min(self.silent_s, self.in_posture_s)
+        return self.mount is Mount.FOLLOWS and self.linked and silent_s >= self.limits.orphan_s
+
+    @property
     def may_ask_again(self) -> bool:
         """Whether the last refusal is long enough ago."""
         return self.in_posture_s >= self.limits.retry_s or not self.refused
@@ -198,8 +207,14 @@ RULES: Final = (
     ),
     Rule(
         P.IDLE,
+        "the controller of the primary is gone, once too often",  # or not gone: each does not hear the other
+        _automatic(lambda v: v.is_orphaned and not v.may_fail_over),
+        P.HELD,
+    ),
+    Rule(
+        P.IDLE,
         "the controller of the primary is gone",
-        _automatic(lambda v: v.mount is Mount.FOLLOWS and v.linked and v.silent_s >= v.limits.orphan_s and v.may_ask_again),
+        _automatic(lambda v: v.is_orphaned),
         P.TAKING,
         (Do.TAKE_OVER,),
     ),

@@ -1,0 +1,60 @@
+"""Stories of whole sites that no violation of a promise would tell: where the controllers come to rest."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+
+from mirrorfs.core.controller import Posture
+from mirrorfs.errors import MirrorfsError
+from tests.sim.machine import Machine
+from tests.sim.site import Site
+from tests.sim.world import Options, World, run
+
+
+def _play(act: Callable[[Site], Awaitable[None]], *, preferred: str = "", max_failovers: int = 3) -> None:
+    async def story(world: World) -> None:
+        site = Site(world, preferred=preferred, max_failovers=max_failovers)
+        await site.open()
+        await site.until(lambda: site.is_served, "the site to be whole")
+        await act(site)
+
+    world = run(1, story, Options(arbiter=True))
+    assert world.problems == [], "\n".join(world.events[-60:])
+
+
+def _reached(site: Site) -> Machine:
+    """Where the clients are served."""
+    machine = site.world.reached
+    assert machine is not None
+    return machine
+
+
+def _ask(site: Site, machine: Machine, command: str, **arguments: bool) -> None:
+    """A command that nobody waits for."""
+    process, controller = machine.controller, site.controller_of(machine)
+    assert process is not None
+    assert controller is not None
+
+    async def ask() -> None:
+        with process.entered(), suppress(MirrorfsError):
+            await controller.on_command(command, arguments)
+
+    site.world.nursery.start_soon(ask)
+
+
+def test_an_application_that_is_well_does_not_move_for_ever_when_the_controllers_cannot_hear_each_other() -> None:
+    async def act(site: Site) -> None:
+        site.world.beat_loss = 1.0
+        moves, primary = 0, site.primary
+        for _ in range(1200):
+            await trio.sleep(0.5)
+            if site.primary not in (None, primary):
+                moves, primary = moves + 1, site.primary
+        assert 0 < moves <= 2, "max_failovers on each node"
+        assert primary is not None
+        assert site.posture(primary) is Posture.SERVING
+        assert site.world.reached is primary
+        assert site.posture(primary.other) is Posture.HELD
+
+    _play(act, max_failovers=1)
