@@ -58,3 +58,16 @@ def test_an_application_that_is_well_does_not_move_for_ever_when_the_controllers
         assert site.posture(primary.other) is Posture.HELD
 
     _play(act, max_failovers=1)
+
+
+def test_a_preferred_node_whose_service_does_not_start_leaves_it_in_the_end_where_it_runs() -> None:
+    async def act(site: Site) -> None:
+        site.a.service_is_broken = True
+        assert site.a.service is not None
+        site.a.service.crash()
+        await site.until(lambda: site.world.reached is site.b, "the other node to serve")
+        await trio.sleep(600)
+        assert site.posture(site.b) is Posture.SERVING
+        assert site.world.reached is site.b
+
+    _play(act, preferred="a")

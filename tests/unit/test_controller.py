@@ -70,6 +70,7 @@ def taken(posture: Posture, view: View) -> str:
         (P.IDLE, replace(STANDBY, told_to_take=True, maintenance=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, prefers=True), "this node is preferred -> asking"),
         (P.IDLE, replace(STANDBY, prefers=True, peer_posture=P.STARTING), ""),
+        (P.IDLE, replace(STANDBY, prefers=True, may_fail_over=False), ""),
         (P.IDLE, replace(PRIMARY, services=Services.DOWN), "the mount leads -> starting"),
         (P.SERVING, replace(PRIMARY, told_to_give=True), "a person wants it there -> yielding"),
         (P.SERVING, replace(PRIMARY, told_to_give=True, peer_mount=Mount.BEHIND), ""),

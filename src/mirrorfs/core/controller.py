@@ -222,7 +222,10 @@ RULES: Final = (
     Rule(
         P.IDLE,
         "this node is preferred",
-        _automatic(lambda v: v.prefers and v.mount is Mount.FOLLOWS and v.hears and v.peer_posture is P.SERVING),
+        # Only if it could give it back.
+        _automatic(
+            lambda v: v.prefers and v.mount is Mount.FOLLOWS and v.hears and v.peer_posture is P.SERVING and v.may_fail_over
+        ),
         P.ASKING,
     ),
     Rule(
