@@ -322,7 +322,8 @@ class Controller:
                 bool(content.get("alone", False)),
                 None if stop_s is None else float(stop_s),
             )
-            self._memory.hear(int(count), bool(on), macs)
+            if self._memory.hear(int(count), bool(on), macs):
+                self._released = not on
         except (KeyError, TypeError, ValueError) as error:
             log.debug("a heartbeat that makes no sense: %r", error)
             return

@@ -71,3 +71,35 @@ def test_a_preferred_node_whose_service_does_not_start_leaves_it_in_the_end_wher
         assert site.world.reached is site.b
 
     _play(act, preferred="a")
+
+
+def test_who_took_over_too_often_takes_over_again_when_a_person_has_looked() -> None:
+    async def act(site: Site) -> None:
+        for _ in range(2):
+            one = _reached(site)
+            one.crash()
+            await site.until(lambda one=one: site.world.reached is one.other, "the other node to serve")  # type: ignore[misc]
+            await site.restart()
+            await site.until(lambda: site.is_served, "the site to be whole")
+        one, held = _reached(site), _reached(site).other
+        one.crash()
+        await site.until(lambda: site.posture(held) is Posture.HELD, "the other node to be held")
+        _ask(site, held, "maintenance", on=False)
+        await site.until(lambda: site.world.reached is held, "it to serve")
+
+    _play(act, max_failovers=1)
+
+
+def test_an_end_of_maintenance_ends_a_hold_on_the_other_node() -> None:
+    async def act(site: Site) -> None:
+        one = _reached(site)
+        _ask(site, one, "maintenance", on=True)
+        await trio.sleep(2)
+        one.other.service_is_broken = True
+        _ask(site, one, "switchover")
+        await site.until(lambda: site.posture(one.other) is Posture.HELD, "the other node to be held")
+        one.other.service_is_broken = False
+        _ask(site, one, "maintenance", on=False)
+        await site.until(lambda: site.world.reached is one.other, "it to serve")
+
+    _play(act)
