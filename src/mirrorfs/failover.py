@@ -118,10 +118,7 @@ class Controller:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look and act until cancelled."""
-        with trio.move_on_after(self._limits.freeze_s):
-            while self._see_mount() is Mount.FROZEN:  # as long as a primary's may be, it is no reason to stop anything
-                await self._news.wait()
-        await self.application.clean_up(leads=self._see_mount() is Mount.LEADS)
+        await self.application.look()
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             while True:

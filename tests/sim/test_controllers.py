@@ -103,3 +103,19 @@ def test_an_end_of_maintenance_ends_a_hold_on_the_other_node() -> None:
         await site.until(lambda: site.world.reached is one.other, "it to serve")
 
     _play(act)
+
+
+def test_what_a_controller_has_found_in_maintenance_does_not_outlive_the_mount() -> None:
+    async def act(site: Site) -> None:
+        one = _reached(site)
+        _ask(site, one, "maintenance", on=True)
+        await trio.sleep(2)
+        one.kill_controller()
+        await site.start_controller(one)
+        await trio.sleep(5)
+        assert site.posture(one) is Posture.IDLE
+        assert one.service is not None, "it is left alone"
+        one.crash()
+        await site.until(lambda: one.service is None, "it to be stopped")
+
+    _play(act)

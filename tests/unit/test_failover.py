@@ -13,6 +13,7 @@ from mirrorfs.failover import Controller
 from mirrorfs.failover_config import FailoverConfig
 from mirrorfs.failover_memory import Memory
 from mirrorfs.watch import Condition
+from tests.services.support import eventually
 from tests.unit.test_application import Addresses, Running
 
 
@@ -73,5 +74,5 @@ async def test_what_an_earlier_controller_left_on_a_standby_is_stopped(
     services = Running(there=True)
     async with trio.open_nursery() as nursery:
         await nursery.start(make(Answering("standby", frozen=False), services).run)
-        assert services.calls == ["stop"]
+        await eventually(lambda: services.calls == ["stop"])
         nursery.cancel_scope.cancel()

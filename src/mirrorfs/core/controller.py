@@ -194,6 +194,13 @@ RULES: Final = (
     ),
     Rule(
         P.IDLE,
+        "services are here, and the mount does not serve",  # an earlier controller has left them
+        lambda v: v.services is not Services.DOWN and v.must_stop,
+        P.STOPPING,
+        (Do.STOP,),
+    ),
+    Rule(
+        P.IDLE,
         "the other node is lost, once too often",
         _automatic(lambda v: v.peer_is_lost and v.mount is Mount.WAITING and not v.may_fail_over),
         P.HELD,
