@@ -91,6 +91,8 @@ def taken(posture: Posture, view: View) -> str:
         (P.STARTING, FAILED, "one does not start, the other node can have it -> yielding"),
         (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND), ""),
         (P.STARTING, replace(FAILED, peer_mount=Mount.WAITING, unlinked_s=1.0), ""),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.LEADS), ""),
+        (P.STARTING, replace(FAILED, unlinked_s=1.0), ""),
         (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, in_posture_s=15.0), "one does not start -> held"),
         (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, silent_s=3.0), "one does not start -> held"),
         (P.STARTING, replace(FAILED, peer_mount=Mount.STOPPED), "one does not start -> held"),

@@ -136,8 +136,12 @@ class View:
 
     @property
     def peer_can_soon(self) -> bool:
-        """Whether the other node is on its way to where it could have the role, as one that has just given it is."""
-        return self.hears and self.peer_mount in (Mount.WAITING, Mount.BEHIND) and self.in_posture_s < self.limits.settle_s
+        """Whether the other node may be on its way to where it could have the role, as one that has just given it is.
+
+        Its last word may be from before that: that it leads, or follows with the mounts not connected again.
+        """
+        is_there = self.hears and self.peer_mount not in (Mount.STOPPED, Mount.HUNG) and self.peer_posture is not Posture.HELD
+        return is_there and self.in_posture_s < self.limits.settle_s
 
     @property
     def is_orphaned(self) -> bool:
