@@ -59,7 +59,7 @@ def taken(posture: Posture, view: View) -> str:
         (P.IDLE, replace(LEFT, silent_s=0.0, peer_mount=Mount.FROZEN), "the other node is lost -> taking"),
         (P.IDLE, replace(LEFT, silent_s=0.0, peer_mount=Mount.FROZEN, unlinked_s=1.0), ""),
         (P.IDLE, replace(LEFT, maintenance=True), ""),
-        (P.IDLE, replace(LEFT, may_fail_over=False), "the other node is lost, once too often -> held"),
+        (P.IDLE, replace(LEFT, may_fail_over=False), "the other node or its controller is lost, once too often -> held"),
         (P.IDLE, replace(LEFT, refused=True, in_posture_s=0.5), ""),
         (P.IDLE, replace(LEFT, services=Services.UP), "services are here, and the mount does not serve -> stopping"),
         (
@@ -73,7 +73,7 @@ def taken(posture: Posture, view: View) -> str:
         (P.IDLE, replace(STANDBY, silent_s=14.0, in_posture_s=60.0), ""),
         (P.IDLE, ORPHANED, "the controller of the primary is gone -> taking"),
         (P.IDLE, replace(ORPHANED, in_posture_s=14.0), ""),
-        (P.IDLE, replace(ORPHANED, may_fail_over=False), "the controller of the primary is gone, once too often -> held"),
+        (P.IDLE, replace(ORPHANED, may_fail_over=False), "the other node or its controller is lost, once too often -> held"),
         (P.IDLE, replace(STANDBY, told_to_take=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, told_to_take=True, maintenance=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, prefers=True), "this node is preferred -> asking"),

@@ -205,8 +205,8 @@ RULES: Final = (
     ),
     Rule(
         P.IDLE,
-        "the other node is lost, once too often",
-        _automatic(lambda v: v.peer_is_lost and v.mount is Mount.WAITING and not v.may_fail_over),
+        "the other node or its controller is lost, once too often",
+        _automatic(lambda v: (v.is_orphaned or (v.peer_is_lost and v.mount is Mount.WAITING)) and not v.may_fail_over),
         P.HELD,
     ),
     Rule(
@@ -215,12 +215,6 @@ RULES: Final = (
         _automatic(lambda v: v.peer_is_lost and v.mount is Mount.WAITING and v.may_ask_again),
         P.TAKING,
         (Do.PROMOTE,),
-    ),
-    Rule(
-        P.IDLE,
-        "the controller of the primary is gone, once too often",  # or not gone: each does not hear the other
-        _automatic(lambda v: v.is_orphaned and not v.may_fail_over),
-        P.HELD,
     ),
     Rule(
         P.IDLE,
