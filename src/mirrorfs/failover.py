@@ -118,6 +118,8 @@ class Controller:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look and act until cancelled."""
+        # From now on: that the mount took long to answer gave the other controller no time to be heard.
+        self._linked_at = trio.current_time()
         await self.application.look()
         async with trio.open_nursery() as self._nursery:
             task_status.started()
