@@ -119,13 +119,13 @@ class Application:
             log.warning("%s", text, extra=extra)
         self.trouble = text
 
-    async def clean_up(self, *, leads: bool) -> None:
-        """An earlier controller may have left addresses behind, and services on a node that is not the primary."""
+    async def look(self) -> None:
+        """An earlier controller may have left addresses behind, which go, and services, which are there until they are started
+        or stopped."""
         await self._drop_addresses()
-        if not leads and (left := await self._services.left(await self._services.running())):
-            log.info("stopped, since this node is not the primary: %s", ", ".join(left))
-            for complaint in await self._services.stop_all():
-                log.error("%s", complaint)
+        if left := await self._services.left(await self._services.running()):
+            log.info("an earlier controller has left here: %s", ", ".join(left))
+            self.state = Services.UP
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Start the services, raise the addresses, watch both in a task of `nursery`, until `end` or `stop`."""

@@ -118,10 +118,9 @@ class Controller:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look and act until cancelled."""
-        with trio.move_on_after(self._limits.freeze_s):
-            while self._see_mount() is Mount.FROZEN:  # as long as a primary's may be, it is no reason to stop anything
-                await self._news.wait()
-        await self.application.clean_up(leads=self._see_mount() is Mount.LEADS)
+        # From now on: that the mount took long to answer gave the other controller no time to be heard.
+        self._linked_at = trio.current_time()
+        await self.application.look()
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             while True:
@@ -322,7 +321,8 @@ class Controller:
                 bool(content.get("alone", False)),
                 None if stop_s is None else float(stop_s),
             )
-            self._memory.hear(int(count), bool(on), macs)
+            if self._memory.hear(int(count), bool(on), macs):
+                self._released = not on
         except (KeyError, TypeError, ValueError) as error:
             log.debug("a heartbeat that makes no sense: %r", error)
             return

@@ -45,17 +45,23 @@ class Memory:
 
     def set_maintenance(self, on: bool) -> None:
         """A person's word on this node: newer than whatever was said before."""
-        self.maintenance_count, self.maintenance = self.maintenance_count + 1, on
+        self._take(self.maintenance_count + 1, on)
         self._write()
 
-    def hear(self, count: int, on: bool, macs: tuple[str, ...]) -> None:
-        """What the other controller says: of maintenance the newer word counts, and on before off."""
+    def hear(self, count: int, on: bool, macs: tuple[str, ...]) -> bool:
+        """What the other controller says: of maintenance the newer word counts, and on before off. Whether this is newer."""
         newer = (count, on) > (self.maintenance_count, self.maintenance)
         if newer:
-            self.maintenance_count, self.maintenance = count, on
+            self._take(count, on)
         if newer or (macs and macs != self.peer_macs):
             self.peer_macs = macs or self.peer_macs
             self._write()
+        return newer
+
+    def _take(self, count: int, on: bool) -> None:
+        self.maintenance_count, self.maintenance = count, on
+        if not on:  # a person has looked: what was counted before would only hold again
+            self.failovers = Budget(self.failovers.limit, self.failovers.window_s)
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -180,6 +180,20 @@ def test_a_switch_over_in_maintenance_moves_what_a_controller_has_not_taken_up(m
     assert site.lab.one.run("pgrep", "-f", f"{site.lab.one.mount}/echo.py", capture_output=True).stdout == b""
 
 
+def test_what_a_controller_has_found_in_maintenance_ends_with_the_mount(make_cluster: Callable[..., Cluster]) -> None:
+    site = make_cluster()
+    one = site.lab.one
+    site.command("one", "maintenance", on=True)
+    site.kill_controller("one")
+    left = ("pgrep", "-f", f"{one.mount}/echo.py")
+    pids = one.run(*left, capture_output=True).stdout
+    site.start_controller("one")
+    wait_for(lambda: (site.says("one") or {}).get("services") == "up", "it knows what is there")
+    assert (site.posture("one"), one.run(*left, capture_output=True).stdout) == ("idle", pids)
+    one.kill()
+    wait_for(lambda: one.run(*left, capture_output=True).stdout == b"", "it is stopped")
+
+
 def test_an_isolated_node_gives_up_and_follows_afterwards(make_cluster: Callable[..., Cluster]) -> None:
     site = make_cluster()
     site.lab.cut()

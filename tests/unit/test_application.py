@@ -103,10 +103,10 @@ async def test_what_is_well_is_adopted_and_what_is_not_is_started_anew(tmp_path:
         assert services.calls == calls
 
 
-async def test_nothing_is_left_on_a_node_that_is_not_the_primary(tmp_path: Path) -> None:
-    services = Running(there=True, well=False)
-    await application(tmp_path, services, Addresses()).clean_up(leads=False)
-    assert services.calls == ["stop"]
-    services = Running(there=True, well=False)
-    await application(tmp_path, services, Addresses()).clean_up(leads=True)
-    assert services.calls == []
+async def test_what_an_earlier_controller_has_left_is_known(tmp_path: Path) -> None:
+    for there, state in ((True, Services.UP), (False, Services.DOWN)):
+        services, addresses = Running(there=there, well=False), Addresses()
+        addresses.is_up = True
+        one = application(tmp_path, services, addresses)
+        await one.look()
+        assert (one.state, services.calls, addresses.is_up) == (state, [], False)

@@ -13,6 +13,8 @@ P = Posture
 PRIMARY = View(mount=Mount.LEADS, services=Services.UP, peer_mount=Mount.FOLLOWS)
 FAILED = replace(PRIMARY, services=Services.FAILED)
 STANDBY = View(mount=Mount.FOLLOWS, peer_mount=Mount.LEADS, peer_posture=P.SERVING)
+#: The standby of a primary whose controller is not heard.
+ORPHANED = replace(STANDBY, silent_s=15.0, in_posture_s=15.0)
 #: The standby after its primary has gone with everything.
 LEFT = replace(STANDBY, mount=Mount.WAITING, unlinked_s=3.0, silent_s=3.0)
 
@@ -57,15 +59,26 @@ def taken(posture: Posture, view: View) -> str:
         (P.IDLE, replace(LEFT, silent_s=0.0, peer_mount=Mount.FROZEN), "the other node is lost -> taking"),
         (P.IDLE, replace(LEFT, silent_s=0.0, peer_mount=Mount.FROZEN, unlinked_s=1.0), ""),
         (P.IDLE, replace(LEFT, maintenance=True), ""),
-        (P.IDLE, replace(LEFT, may_fail_over=False), "the other node is lost, once too often -> held"),
+        (P.IDLE, replace(LEFT, may_fail_over=False), "the other node or its controller is lost, once too often -> held"),
         (P.IDLE, replace(LEFT, refused=True, in_posture_s=0.5), ""),
+        (P.IDLE, replace(LEFT, services=Services.UP), "services are here, and the mount does not serve -> stopping"),
+        (
+            P.IDLE,
+            replace(LEFT, services=Services.UP, maintenance=True),
+            "services are here, and the mount does not serve -> stopping",
+        ),
+        (P.IDLE, replace(STANDBY, services=Services.UP), "services are here, and the mount does not serve -> stopping"),
+        (P.IDLE, replace(PRIMARY, maintenance=True, mount=Mount.FROZEN, frozen_s=0.9), ""),
         (P.IDLE, replace(LEFT, mount=Mount.BEHIND), ""),
-        (P.IDLE, replace(STANDBY, silent_s=14.0), ""),
-        (P.IDLE, replace(STANDBY, silent_s=15.0), "the controller of the primary is gone -> taking"),
+        (P.IDLE, replace(STANDBY, silent_s=14.0, in_posture_s=60.0), ""),
+        (P.IDLE, ORPHANED, "the controller of the primary is gone -> taking"),
+        (P.IDLE, replace(ORPHANED, in_posture_s=14.0), ""),
+        (P.IDLE, replace(ORPHANED, may_fail_over=False), "the other node or its controller is lost, once too often -> held"),
         (P.IDLE, replace(STANDBY, told_to_take=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, told_to_take=True, maintenance=True), "a person wants it here -> asking"),
         (P.IDLE, replace(STANDBY, prefers=True), "this node is preferred -> asking"),
         (P.IDLE, replace(STANDBY, prefers=True, peer_posture=P.STARTING), ""),
+        (P.IDLE, replace(STANDBY, prefers=True, may_fail_over=False), ""),
         (P.IDLE, replace(PRIMARY, services=Services.DOWN), "the mount leads -> starting"),
         (P.SERVING, replace(PRIMARY, told_to_give=True), "a person wants it there -> yielding"),
         (P.SERVING, replace(PRIMARY, told_to_give=True, peer_mount=Mount.BEHIND), ""),
@@ -78,6 +91,8 @@ def taken(posture: Posture, view: View) -> str:
         (P.STARTING, FAILED, "one does not start, the other node can have it -> yielding"),
         (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND), ""),
         (P.STARTING, replace(FAILED, peer_mount=Mount.WAITING, unlinked_s=1.0), ""),
+        (P.STARTING, replace(FAILED, peer_mount=Mount.LEADS), ""),
+        (P.STARTING, replace(FAILED, unlinked_s=1.0), ""),
         (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, in_posture_s=15.0), "one does not start -> held"),
         (P.STARTING, replace(FAILED, peer_mount=Mount.BEHIND, silent_s=3.0), "one does not start -> held"),
         (P.STARTING, replace(FAILED, peer_mount=Mount.STOPPED), "one does not start -> held"),

@@ -9,10 +9,12 @@ import trio
 from trio.testing import MockClock
 
 from mirrorfs.config import Config, NodeConfig, ReplicationConfig
+from mirrorfs.core.controller import Posture
 from mirrorfs.failover import Controller
 from mirrorfs.failover_config import FailoverConfig
 from mirrorfs.failover_memory import Memory
 from mirrorfs.watch import Condition
+from tests.services.support import eventually
 from tests.unit.test_application import Addresses, Running
 
 
@@ -73,5 +75,19 @@ async def test_what_an_earlier_controller_left_on_a_standby_is_stopped(
     services = Running(there=True)
     async with trio.open_nursery() as nursery:
         await nursery.start(make(Answering("standby", frozen=False), services).run)
-        assert services.calls == ["stop"]
+        await eventually(lambda: services.calls == ["stop"])
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_mount_that_took_long_to_answer_makes_no_loss_of_a_node_that_could_not_be_heard_yet(
+    make: Callable[[Answering, Running], Controller], autojump_clock: MockClock
+) -> None:
+    mount = Answering("waiting", frozen=False)
+    mount.status = {"state": "waiting", "frozen": False, "peer": {"state": "disconnected"}}
+    controller = make(mount, Running())
+    await trio.sleep(3)  # the heartbeats begin after it
+    async with trio.open_nursery() as nursery:
+        await nursery.start(controller.run)
+        await trio.sleep(1)
+        assert controller.posture is Posture.IDLE
         nursery.cancel_scope.cancel()

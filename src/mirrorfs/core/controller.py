@@ -136,8 +136,21 @@ class View:
 
     @property
     def peer_can_soon(self) -> bool:
-        """Whether the other node is on its way to where it could have the role, as one that has just given it is."""
-        return self.hears and self.peer_mount in (Mount.WAITING, Mount.BEHIND) and self.in_posture_s < self.limits.settle_s
+        """Whether the other node may be on its way to where it could have the role, as one that has just given it is.
+
+        Its last word may be from before that: that it leads, or follows with the mounts not connected again.
+        """
+        is_there = self.hears and self.peer_mount not in (Mount.STOPPED, Mount.HUNG) and self.peer_posture is not Posture.HELD
+        return is_there and self.in_posture_s < self.limits.settle_s
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the primary's controller has been gone for long while this node had nothing to do.
+
+        Where only the heartbeats are lost, both ways, the nodes would else take the role from each other at once.
+        """
+        silent_s = min(self.silent_s, self.in_posture_s)
+        return self.mount is Mount.FOLLOWS and self.linked and silent_s >= self.limits.orphan_s
 
     @property
     def may_ask_again(self) -> bool:
@@ -185,8 +198,15 @@ RULES: Final = (
     ),
     Rule(
         P.IDLE,
-        "the other node is lost, once too often",
-        _automatic(lambda v: v.peer_is_lost and v.mount is Mount.WAITING and not v.may_fail_over),
+        "services are here, and the mount does not serve",  # an earlier controller has left them
+        lambda v: v.services is not Services.DOWN and v.must_stop,
+        P.STOPPING,
+        (Do.STOP,),
+    ),
+    Rule(
+        P.IDLE,
+        "the other node or its controller is lost, once too often",
+        _automatic(lambda v: (v.is_orphaned or (v.peer_is_lost and v.mount is Mount.WAITING)) and not v.may_fail_over),
         P.HELD,
     ),
     Rule(
@@ -199,7 +219,7 @@ RULES: Final = (
     Rule(
         P.IDLE,
         "the controller of the primary is gone",
-        _automatic(lambda v: v.mount is Mount.FOLLOWS and v.linked and v.silent_s >= v.limits.orphan_s and v.may_ask_again),
+        _automatic(lambda v: v.is_orphaned),
         P.TAKING,
         (Do.TAKE_OVER,),
     ),
@@ -207,7 +227,10 @@ RULES: Final = (
     Rule(
         P.IDLE,
         "this node is preferred",
-        _automatic(lambda v: v.prefers and v.mount is Mount.FOLLOWS and v.hears and v.peer_posture is P.SERVING),
+        # Only if it could give it back.
+        _automatic(
+            lambda v: v.prefers and v.mount is Mount.FOLLOWS and v.hears and v.peer_posture is P.SERVING and v.may_fail_over
+        ),
         P.ASKING,
     ),
     Rule(
