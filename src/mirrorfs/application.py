@@ -94,6 +94,7 @@ class Application:
         self._over = trio.Event()
         self._over.set()
         self._restarting = trio.Lock()
+        self._mending: set[str] = set()
         self._budgets = self._fresh_budgets()
 
     def _fresh_budgets(self) -> dict[str, Budget]:
@@ -158,7 +159,7 @@ class Application:
                 self.trouble, self.unwell = "", False
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._keep_addresses)
-                    nursery.start_soon(self._services.watch, lambda name, why: nursery.start_soon(self._mend, name, why))
+                    nursery.start_soon(self._services.watch, lambda name, why: self._begin_mending(nursery, name, why))
 
     async def _start(self) -> bool:
         running = await self._services.running()
@@ -197,29 +198,42 @@ class Application:
                     self.complain(str(error))
             await trio.sleep(_ADDRESS_RETRY_S)
 
+    def _begin_mending(self, nursery: trio.Nursery, name: str, why: str) -> None:
+        if name not in self._mending:  # several of its checks may fail together
+            self._mending.add(name)
+            nursery.start_soon(self._mend, name, why)
+
     async def _mend(self, name: str, why: str) -> None:
         """A service is unwell: restart it where it is, as often as it may be; after that the other node is to have it."""
-        async with self._restarting:
-            while True:
-                budget = self._budgets[name]
-                if budget.left(trio.current_time()) <= 0:
-                    text = f"{name}: restarted {budget.limit} times and unwell again: {why}"
-                    self.complain(text, {"event": "service-unwell", "service": name, "reason": why})
-                    self.unwell = True
-                    self._changed()
-                    await trio.sleep(_UNWELL_RETRY_S)  # if nobody else could take it meanwhile, it is tried on
-                else:
-                    # Each time is told, also where the reason is the same.
-                    self.trouble = f"{name}: {why}: it is restarted"
-                    extra = {"event": "service-restarted", "service": name, "reason": why}
-                    log.warning("%s", self.trouble, extra=extra)
-                    self._budgets[name] = budget.spend(trio.current_time())
-                try:
-                    await self._services.restart(name)
-                except MirrorfsError as error:
-                    why = str(error)
-                else:
-                    return
+        try:
+            async with self._restarting:
+                await self._restart(name, why)
+        finally:
+            self._mending.discard(name)
+        self.unwell = False
+        self._changed()
+
+    async def _restart(self, name: str, why: str) -> None:
+        while True:
+            budget = self._budgets[name]
+            if budget.left(trio.current_time()) <= 0:
+                text = f"{name}: restarted {budget.limit} times and unwell again: {why}"
+                self.complain(text, {"event": "service-unwell", "service": name, "reason": why})
+                self.unwell = True
+                self._changed()
+                await trio.sleep(_UNWELL_RETRY_S)  # if nobody else could take it meanwhile, it is tried on
+            else:
+                # Each time is told, also where the reason is the same.
+                self.trouble = f"{name}: {why}: it is restarted"
+                extra = {"event": "service-restarted", "service": name, "reason": why}
+                log.warning("%s", self.trouble, extra=extra)
+                self._budgets[name] = budget.spend(trio.current_time())
+            try:
+                await self._services.restart(name)
+            except MirrorfsError as error:
+                why = str(error)
+            else:
+                return
 
     def end(self, nursery: trio.Nursery, before: Callable[[], None]) -> None:
         """In a task of `nursery`, the addresses first, then the services; in between, what has to be done `before` they can

@@ -112,6 +112,7 @@ async def _run(config: Config, keys: KeyFiles) -> None:
     controller.heart = heart
     mount.on_change = controller.wake
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(memory.keep)
         # First what the mount is: a controller that does not know takes it for stopped, tells the other one so, and stops the
         # application that an earlier controller has left where it belongs.
         await nursery.start(mount.run)

@@ -210,9 +210,7 @@ class Controller:
         self._now = now
         if mount not in (Mount.STOPPED, Mount.HUNG) and status.get("peer", {}).get("state") != "disconnected":
             self._linked_at = now
-        if self._peer.alone:
-            self._outdated = True
-        elif self._linked_at == now:
+        if self._linked_at == now and not self._peer.alone:
             self._outdated = False
         self._frozen_at = (self._frozen_at or now) if mount is Mount.FROZEN else 0.0
         self._standby_at = (self._standby_at or now) if mount is Mount.FOLLOWS else 0.0
@@ -321,6 +319,7 @@ class Controller:
                 bool(content.get("alone", False)),
                 None if stop_s is None else float(stop_s),
             )
+            self._outdated |= self._peer.alone
             if self._memory.hear(int(count), bool(on), macs):
                 self._released = not on
         except (KeyError, TypeError, ValueError) as error:
@@ -393,6 +392,9 @@ class Controller:
         return self._peer.posture is Posture.SERVING and self._peer.reachable
 
     async def _take_it(self, within_s: float, *, wait: bool = True) -> str:
+        if self.posture is Posture.HELD:
+            why = self.application.trouble or self.reason
+            raise RefusedError(f"{self.config.node.name} is held ({why}): `mirrorfs maintenance off` ends that")
         began, self._take = trio.current_time(), True
         self.wake()
         try:

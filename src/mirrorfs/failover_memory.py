@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from mirrorfs.core.controller import Budget
 from mirrorfs.files import write_durably
 
@@ -17,10 +19,11 @@ def _seconds(value: object) -> float | None:
 
 class Memory:
     """A small JSON file. Nothing that it says can cost data: one that cannot be read is begun anew, one that cannot be written
-    is told of, and the controller goes on."""
+    is told of, and the controller goes on. `keep` writes it: heartbeats and addresses do not wait for a slow disk."""
 
     def __init__(self, path: Path, *, max_failovers: int, window_s: float) -> None:
         self._path = path
+        self._news = trio.Event()
         content = self._read()
         self.maintenance_count = int(content.get("maintenance_count", 0))
         self.maintenance = bool(content.get("maintenance", False))
@@ -29,6 +32,28 @@ class Memory:
         #: How long all services took to start and to stop here the last time, in seconds.
         self.start_s = _seconds(content.get("start_s"))
         self.stop_s = _seconds(content.get("stop_s"))
+
+    async def keep(self) -> None:
+        """Write whatever is new until cancelled, and what is new then."""
+        try:
+            while True:
+                await self._news.wait()
+                await self._save()
+        finally:
+            if self._news.is_set():
+                await self._save()
+
+    async def _save(self) -> None:
+        self._news = trio.Event()
+        with trio.CancelScope(shield=True):  # what is not news any more is written
+            await trio.to_thread.run_sync(self._put, json.dumps(self._content()).encode())
+
+    def _put(self, content: bytes) -> None:
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_durably(self._path, content, 0o644)
+        except OSError as error:
+            log.warning("%s: cannot be written: %s", self._path, error.strerror)
 
     def count_failover(self, now: float) -> None:
         """One more at this UNIX time."""
@@ -84,8 +109,4 @@ class Memory:
         }
 
     def _write(self) -> None:
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_durably(self._path, json.dumps(self._content()).encode(), 0o644)
-        except OSError as error:
-            log.warning("%s: cannot be written: %s", self._path, error.strerror)
+        self._news.set()

@@ -78,6 +78,7 @@ class Nemesis:
             self._switch_over: 3,
             self._take_it: 1,
             self._maintenance: 1,
+            self._moves_in_maintenance: 1,
         }
 
     # ---- machines and mounts
@@ -209,6 +210,20 @@ class Nemesis:
 
     async def _maintenance(self, machine: Machine) -> None:
         self._ask(machine, "maintenance")
+
+    async def _moves_in_maintenance(self, machine: Machine) -> None:
+        """To a node that cannot start the service, or by a controller that has not taken it up; and back."""
+        self._ask(machine, "maintenance")
+        await trio.sleep(1.0)
+        if self.dice.random() < 0.5:
+            machine.other.service_is_broken = True
+        else:
+            machine.kill_controller()
+            await self.site.restart()
+        for _ in range(2):
+            await trio.sleep(self.dice.choice((1.0, 3.0)))
+            self._ask(machine, "switchover")
+            await trio.sleep(self.dice.choice((2.0, 8.0)))
 
     def _ask(self, machine: Machine, command: str) -> None:
         process, controller = machine.controller, self.site.controller_of(machine)

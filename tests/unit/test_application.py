@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import trio
+from trio.testing import MockClock
 
 from mirrorfs.application import Application
 from mirrorfs.core.controller import Services
-from mirrorfs.failover_config import FailoverConfig
+from mirrorfs.errors import MirrorfsError
+from mirrorfs.failover_config import FailoverConfig, ServiceConfig
 from mirrorfs.failover_memory import Memory
 from mirrorfs.vip import Conflict
 from tests.services.support import eventually
@@ -67,7 +69,8 @@ class Running:
 
 
 def application(tmp_path: Path, services: Running, addresses: Addresses) -> Application:
-    settings = FailoverConfig(tmp_path / "key")
+    service = ServiceConfig("a", restarts=1)
+    settings = FailoverConfig(tmp_path / "key", services=(service,))
     memory = Memory(tmp_path / "memory.json", max_failovers=3, window_s=60)
     return Application(settings, memory, addresses, services, lambda: None)
 
@@ -110,3 +113,59 @@ async def test_what_an_earlier_controller_has_left_is_known(tmp_path: Path) -> N
         one = application(tmp_path, services, addresses)
         await one.look()
         assert (one.state, services.calls, addresses.is_up) == (state, [], False)
+
+
+class Failing(Running):
+    """Both of its checks fail at once, and so do the first restarts."""
+
+    def __init__(self, *, fails: int) -> None:
+        super().__init__()
+        self.fails = fails
+        self.restarts = 0
+
+    async def restart(self, name: str) -> None:
+        self.restarts += 1
+        await trio.sleep(0.01)
+        if self.restarts <= self.fails:
+            raise MirrorfsError("it does not start")
+
+    async def watch(self, on_unwell: Callable[[str, str], None]) -> None:
+        for check in ("one check", "another one"):
+            on_unwell("a", check)
+        await trio.sleep_forever()
+
+
+async def test_checks_that_fail_together_restart_their_service_once(tmp_path: Path) -> None:
+    services, addresses = Failing(fails=0), Addresses()
+    one = application(tmp_path, services, addresses)
+    async with trio.open_nursery() as nursery:
+        one.begin(nursery)
+        await eventually(lambda: services.restarts > 0)
+        await trio.sleep(0.1)
+        assert (services.restarts, one.unwell) == (1, False)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_service_that_is_well_after_all_is_not_unwell_any_more(tmp_path: Path, autojump_clock: MockClock) -> None:
+    services, addresses = Failing(fails=1), Addresses()
+    one = application(tmp_path, services, addresses)
+    async with trio.open_nursery() as nursery:
+        one.begin(nursery)
+        await eventually(lambda: one.unwell)
+        await trio.sleep(60)
+        assert (one.unwell, services.restarts) == (False, 2)
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_controller_must_know_again_is_written_beside_everything_else(tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    memory = Memory(file, max_failovers=3, window_s=60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(memory.keep)
+        memory.set_maintenance(True)
+        await eventually(file.exists)
+        memory.count_failover(100.0)
+        nursery.cancel_scope.cancel()  # what is new is written all the same
+    again = Memory(file, max_failovers=3, window_s=60)
+    assert again.maintenance
+    assert again.failovers.left(101.0) == 2

@@ -10,6 +10,7 @@ from trio.testing import MockClock
 
 from mirrorfs.config import Config, NodeConfig, ReplicationConfig
 from mirrorfs.core.controller import Posture
+from mirrorfs.errors import RefusedError
 from mirrorfs.failover import Controller
 from mirrorfs.failover_config import FailoverConfig
 from mirrorfs.failover_memory import Memory
@@ -91,3 +92,12 @@ async def test_a_mount_that_took_long_to_answer_makes_no_loss_of_a_node_that_cou
         await trio.sleep(1)
         assert controller.posture is Posture.IDLE
         nursery.cancel_scope.cancel()
+
+
+async def test_who_is_held_says_so_at_once_when_a_person_wants_it_there(
+    make: Callable[[Answering, Running], Controller],
+) -> None:
+    controller = make(Answering("standby", frozen=False), Running())
+    controller.posture = Posture.HELD
+    with pytest.raises(RefusedError, match=r"one is held .*: `mirrorfs maintenance off` ends that"):
+        await controller.promote(yes=False, force=False)
