@@ -435,7 +435,9 @@ class Controller:
                 within_s = float(arguments.get("within_s", self._limits.ask_s))
                 return {"message": await self.switch_over(within_s, wait=bool(arguments.get("wait", True)))}
             case "maintenance":
-                return {"message": self.maintain(on=bool(arguments.get("on")))}
+                message = self.maintain(on=bool(arguments.get("on")))
+                await self._memory.saved()  # a person's word outlives the controller
+                return {"message": message}
             case _:
                 raise UsageError(f"this controller does not know the command {command!r}: is it of another version?")
 

@@ -24,6 +24,8 @@ class Memory:
     def __init__(self, path: Path, *, max_failovers: int, window_s: float) -> None:
         self._path = path
         self._news = trio.Event()
+        self._written = trio.Event()
+        self._changes = self._saved_changes = 0
         content = self._read()
         self.maintenance_count = int(content.get("maintenance_count", 0))
         self.maintenance = bool(content.get("maintenance", False))
@@ -44,9 +46,18 @@ class Memory:
                 await self._save()
 
     async def _save(self) -> None:
-        self._news = trio.Event()
+        self._news, changes = trio.Event(), self._changes
         with trio.CancelScope(shield=True):  # what is not news any more is written
             await trio.to_thread.run_sync(self._put, json.dumps(self._content()).encode())
+        self._saved_changes = changes
+        self._written.set()
+        self._written = trio.Event()
+
+    async def saved(self) -> None:
+        """Wait until what is new now is on the disk, or that was tried."""
+        changes = self._changes
+        while self._saved_changes < changes:
+            await self._written.wait()
 
     def _put(self, content: bytes) -> None:
         try:
@@ -109,4 +120,5 @@ class Memory:
         }
 
     def _write(self) -> None:
+        self._changes += 1
         self._news.set()

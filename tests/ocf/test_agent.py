@@ -341,6 +341,7 @@ def test_what_the_configuration_allows_without_an_arbiter_is_for_who_saw_the_los
 
         one.host.start()
         wait_state(two.host, "primary")
+        wait_state(one.host, "standby")
         one.host.kill()
         wait_state(two.host, "solo")
         (two.host.mount / "alone").write_text("on two only")

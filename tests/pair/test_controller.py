@@ -165,7 +165,7 @@ def test_a_switch_over_to_a_node_that_cannot_start_the_service_fails_and_says_so
     done = mirrorfs(site.lab.one, "promote")
     assert done.returncode == 0, done.stderr
     assert served_by(site) == "one", "who is held gives it, too"
-    assert site.posture("two") == "idle"
+    wait_for(lambda: site.posture("two") == "idle", "it follows")
 
 
 def test_a_switch_over_in_maintenance_moves_what_a_controller_has_not_taken_up(make_cluster: Callable[..., Cluster]) -> None:

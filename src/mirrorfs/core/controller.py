@@ -298,14 +298,18 @@ RULES: Final = (
     Rule(
         P.GIVING,
         "it is given",
-        lambda v: v.mount is not Mount.LEADS and v.peer_posture in (P.STARTING, P.SERVING),
+        # Held: a start there that failed at once may be over before it is heard of.
+        lambda v: v.mount is not Mount.LEADS and v.peer_posture in (P.STARTING, P.SERVING, P.HELD),
         P.IDLE,
         (Do.FORGET,),
     ),
     Rule(
         P.GIVING,
         "nobody begins there",
-        lambda v: v.mount not in (Mount.LEADS, Mount.FOLLOWS) or v.in_posture_s >= v.limits.ask_s or not v.hears,
+        # In maintenance the other one begins only if it hears that this one gives, however late.
+        lambda v: (
+            v.mount not in (Mount.LEADS, Mount.FOLLOWS) or v.in_posture_s >= v.limits.ask_s or not (v.hears or v.maintenance)
+        ),
         P.IDLE,
         (Do.FORGET,),
     ),

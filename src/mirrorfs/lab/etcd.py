@@ -21,6 +21,7 @@ from typing import Final, Self
 
 from mirrorfs.errors import MirrorfsError
 from mirrorfs.failover_config import ArbiterConfig
+from mirrorfs.lab import processes
 
 #: With a password, the user that may read and write everything that begins with PREFIX, and nothing else.
 USER: Final = "mirrorfs"
@@ -148,7 +149,7 @@ class EtcdCluster:
 
     def pause_member(self, member: int) -> None:
         """Let a member stand still: connections to it are still made, and nothing is answered."""
-        self._running[member].send_signal(signal.SIGSTOP)
+        processes.stop(processes.find_all([self._running[member].pid]))
 
     def resume_member(self, member: int) -> None:
         """Let a paused member go on."""
