@@ -189,7 +189,11 @@ def _wait_served(site: Cluster, by: Host, beside: Host) -> None:
 
     def known() -> dict[str, list[Any]]:
         said = {name: site.says(name) or {} for name in site.lab.hosts}
-        return {name: [of.get("posture"), *of.get("peer", {}).values()] for name, of in said.items()}
+        peers = {name: of.get("peer", {}) for name, of in said.items()}
+        return {
+            name: [of.get("posture"), *(peers[name].get(key) for key in ("heard", "posture", "mount"))]
+            for name, of in said.items()
+        }
 
     wait_for(lambda: known() == expected, f"{by.name} serves, and both controllers know")
 

@@ -47,6 +47,7 @@ def test_another_seed_is_another_run() -> None:
     assert one("random", 2).digest != one("random", 3).digest
 
 
+@pytest.mark.long
 def test_many_runs_of_a_site_break_no_promise_and_take_every_row_of_the_tables() -> None:
     # On what processor time is left: the tests beside it wait most of the time, and are not to wait for this.
     coverage = ["--coverage"] if int(_SITE_SEEDS) >= _ENOUGH else []
