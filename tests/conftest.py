@@ -16,7 +16,7 @@ settings.load_profile("mirrorfs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long and only computes begins first. Without root there are no mounts and no namespaces: say so, test by test."""
+    """What takes long and only computes begins first. Without root there are no mounts: say so, test by test."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if os.geteuid() == 0:
         return
