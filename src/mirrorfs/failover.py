@@ -210,8 +210,8 @@ class Controller:
         self._now = now
         if mount not in (Mount.STOPPED, Mount.HUNG) and status.get("peer", {}).get("state") != "disconnected":
             self._linked_at = now
-        if self._linked_at == now and not self._peer.alone:
-            self._outdated = False
+        if self._linked_at == now and self._peer.mount is Mount.LEADS and not self._peer.alone:
+            self._outdated = False  # it mirrors to this node; that it stopped says nothing of what it did before
         self._frozen_at = (self._frozen_at or now) if mount is Mount.FROZEN else 0.0
         self._standby_at = (self._standby_at or now) if mount is Mount.FOLLOWS else 0.0
         if mount not in (Mount.STOPPED, Mount.HUNG) and "pid" in status:

@@ -101,3 +101,34 @@ async def test_who_is_held_says_so_at_once_when_a_person_wants_it_there(
     controller.posture = Posture.HELD
     with pytest.raises(RefusedError, match=r"one is held .*: `mirrorfs maintenance off` ends that"):
         await controller.promote(yes=False, force=False)
+
+
+class Asked(Answering):
+    """Refuses everything, and notes what it was."""
+
+    def __init__(self) -> None:
+        super().__init__("standby", frozen=False)
+        self.asked: list[dict[str, Any]] = []
+
+    async def ask(self, command: str, timeout_s: float = 60, **arguments: Any) -> dict[str, Any]:
+        self.asked.append(arguments)
+        raise RefusedError("no")
+
+
+@pytest.mark.parametrize(("last", "outdated"), [("stopped", True), ("leading", False)])
+async def test_a_primary_that_was_alone_and_died_before_the_loss_was_noticed_here_was_alone(
+    make: Callable[[Answering, Running], Controller], autojump_clock: MockClock, last: str, outdated: bool
+) -> None:
+    mount = Asked()
+    controller = make(mount, Running())
+    said = {"posture": "serving", "asks": False, "refuses": "", "maintenance": [0, False], "macs": []}
+    async with trio.open_nursery() as nursery:
+        await nursery.start(controller.run)
+        controller.hear(said | {"mount": "leading", "alone": True})
+        controller.hear(said | {"mount": last, "alone": False})
+        await trio.sleep(0.2)
+        controller.hear(said | {"mount": "stopped", "alone": False})
+        mount.status = {"state": "waiting", "peer": {"state": "disconnected"}}
+        await trio.sleep(0.2)
+        assert mount.asked[0] == {"automatic": True, "outdated": outdated}
+        nursery.cancel_scope.cancel()
